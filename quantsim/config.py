@@ -1,0 +1,243 @@
+"""What to quantize, and how: frozen values, validated where they are made, JSON in and out.
+
+A :class:`QuantConfig` is policy alone. It never touches a model; ``quantsim.graph.place`` turns a
+config and a graph into a list of placements.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+EstimatorName = Literal["min_max", "running_min_max", "percentile", "mse", "sqnr"]
+Role = Literal["weight", "activation", "input"]
+
+MIN_BITS, MAX_BITS = 2, 16
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot mean anything: the message names the field, its value and what fits."""
+
+
+def near(name: str, known: Iterable[str], count: int = 3) -> str:
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.0)
+    return ", ".join(close) if close else "none"
+
+
+def _check_fields(what: str, values: Mapping[str, Any], cls: type) -> None:
+    known = [f.name for f in fields(cls)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{what}: no field {name!r}; the fields are {', '.join(known)} (nearest: {near(name, known, 1)})")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    ``q = clamp(round(x / scale) + zero_point, quant_min, quant_max)``, ``x_hat = (q - zero_point) * scale``.
+
+    Attributes:
+        bits: 2 to 16.
+        symmetric: zero point 0 on the grid ``-2**(bits-1) … 2**(bits-1) - 1``; else ``0 … 2**bits - 1``.
+        axis: the axis that keeps a range of its own, ``None`` for one range per tensor.
+            A weight ``[out, in]`` with ``axis=0`` has ``out`` ranges.
+        estimator: how calibration turns values into a range (``quantsim.quantizers.range_estimators``).
+        learn: the range is trained after calibration (range learning), or stays fixed.
+        percentile: for ``estimator="percentile"``, in percent, above 50.
+        momentum: for ``estimator="running_min_max"``, the weight of the past.
+
+    >>> QuantSpec(bits=4, symmetric=True, axis=0).quant_min
+    -8
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    axis: int | None = None
+    estimator: EstimatorName = "min_max"
+    learn: bool = True
+    percentile: float = 99.99
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise ConfigError(f"QuantSpec.bits: {self.bits!r}; expected an integer from {MIN_BITS} to {MAX_BITS}")
+        for name in ("symmetric", "learn"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"QuantSpec.{name}: {getattr(self, name)!r}; expected true or false")
+        if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
+            raise ConfigError(f"QuantSpec.axis: {self.axis!r}; expected an axis number, or null for per tensor")
+        if self.estimator not in get_args(EstimatorName):
+            raise ConfigError(f"QuantSpec.estimator: {self.estimator!r}; expected one of {', '.join(get_args(EstimatorName))}")
+        if not 50.0 < self.percentile <= 100.0:
+            raise ConfigError(f"QuantSpec.percentile: {self.percentile!r}; expected a number in (50, 100]")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ConfigError(f"QuantSpec.momentum: {self.momentum!r}; expected a number in [0, 1)")
+
+    @property
+    def quant_min(self) -> int:
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def quant_max(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+    def __str__(self) -> str:
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        where = "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
+        return f"{self.bits}-bit {kind} {where}"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        _check_fields("QuantSpec", values, cls)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exception to the defaults. Everything that is given must match; later rules win.
+
+    Attributes:
+        op: an op (``"linear"``, ``"add"``) or a role found by dataflow (``"mask_add"``); see ``quantsim.graph.roles``.
+        module: an ``fnmatch`` pattern over placement names (``"*.layer.0.*.output"``).
+        role: ``"weight"``, ``"activation"`` or ``"input"``.
+        enabled: false leaves what matches unquantized, true quantizes it again, null changes nothing.
+        set: fields of :class:`QuantSpec` to change, where a quantizer is.
+        optional: may match nothing (presets serve many models); else a rule that matches nothing is an error.
+        reason: printed beside what the rule leaves unquantized.
+
+    >>> Rule(op="layer_norm", role="weight", set={"symmetric": False}).set
+    (('symmetric', False),)
+    """
+
+    op: str | None = None
+    module: str | None = None
+    role: Role | None = None
+    enabled: bool | None = None
+    set: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    optional: bool = False
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.op is None and self.module is None and self.role is None:
+            raise ConfigError("Rule: names no op, no module and no role; give at least one (change the defaults to change everything)")
+        if self.role is not None and self.role not in get_args(Role):
+            raise ConfigError(f"Rule.role: {self.role!r}; expected one of {', '.join(get_args(Role))}")
+        if self.enabled is not None and not isinstance(self.enabled, bool):
+            raise ConfigError(f"Rule.enabled: {self.enabled!r}; expected true, false or null")
+        if not isinstance(self.optional, bool):
+            raise ConfigError(f"Rule.optional: {self.optional!r}; expected true or false")
+        changes = dict(self.set)
+        _check_fields("Rule.set", changes, QuantSpec)
+        QuantSpec(**changes)
+        object.__setattr__(self, "set", tuple(sorted(changes.items())))
+
+    def apply(self, spec: QuantSpec) -> QuantSpec:
+        return replace(spec, **dict(self.set)) if self.set else spec
+
+    def __str__(self) -> str:
+        what = [f"{name}={value!r}" for name in ("op", "module", "role") if (value := getattr(self, name)) is not None]
+        return f"rule({', '.join(what)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        defaults = {f.name: f.default for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != defaults[f.name]}
+        return values | ({"set": dict(self.set)} if self.set else {})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        _check_fields("Rule", values, cls)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The whole policy of a simulation. The default is W8A8 of the ``aimet`` preset without its exceptions.
+
+    Attributes:
+        weights: the spec of every weight; ``None`` leaves weights in floating point.
+        activations: the spec of every op's output; ``None`` leaves activations in floating point.
+        inputs: floating-point model inputs are quantized (integer ids never are).
+        mask_clamp: the value that takes the place of the attention mask's large negative one; ``None`` keeps the mask.
+        supergroups: op sequences that run as one: only the last output is quantized, as ``("linear", "gelu")``.
+        rules: exceptions, later ones winning.
+        name: the preset's name, for reports.
+
+    Biases are not quantized: integer kernels add them in 32 bits.
+
+    >>> QuantConfig.preset("aimet").mask_clamp
+    -6.0
+    """
+
+    weights: QuantSpec | None = field(default_factory=lambda: QuantSpec(symmetric=True, axis=0))
+    activations: QuantSpec | None = field(default_factory=QuantSpec)
+    inputs: bool = True
+    mask_clamp: float | None = -6.0
+    supergroups: tuple[tuple[str, ...], ...] = ()
+    rules: tuple[Rule, ...] = ()
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if self.activations is not None and self.activations.axis is not None:
+            raise ConfigError("QuantConfig.activations.axis: activations are quantized per tensor by default; use a rule for one edge's axis")
+        if self.mask_clamp is not None and not -1e4 < self.mask_clamp < 0:
+            raise ConfigError(f"QuantConfig.mask_clamp: {self.mask_clamp!r}; expected a number in (-10000, 0), or null to keep the model's mask")
+        groups = tuple(tuple(group) for group in self.supergroups)
+        for group in groups:
+            if len(group) < 2:
+                raise ConfigError(f"QuantConfig.supergroups: {list(group)!r}; a supergroup has at least two ops")
+        object.__setattr__(self, "supergroups", groups)
+        object.__setattr__(self, "rules", tuple(self.rules))
+
+    def with_rules(self, *rules: Rule) -> Self:
+        """The same config with more rules, which win over those it has."""
+        return replace(self, rules=(*self.rules, *rules))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "weights": None if self.weights is None else asdict(self.weights),
+            "activations": None if self.activations is None else asdict(self.activations),
+            "inputs": self.inputs,
+            "mask_clamp": self.mask_clamp,
+            "supergroups": [list(group) for group in self.supergroups],
+            "rules": [rule.to_dict() for rule in self.rules],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"QuantConfig: expected a JSON object, got {type(values).__name__}")
+        _check_fields("QuantConfig", values, cls)
+        known = dict(values)
+        for name in ("weights", "activations"):
+            if known.get(name) is not None:
+                known[name] = QuantSpec.from_dict(known[name])
+        known["rules"] = tuple(Rule.from_dict(rule) for rule in known.get("rules", ()))
+        return cls(**known)
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """A config by name; ``QuantConfig.presets()`` lists the names."""
+        if name not in cls.presets():
+            raise ConfigError(f"no preset {name!r}; the presets are {', '.join(cls.presets())} (nearest: {near(name, cls.presets(), 1)})")
+        text = resources.files("quantsim").joinpath("presets", f"{name}.json").read_text()
+        return replace(cls.from_dict(json.loads(text)), name=name)
+
+    @staticmethod
+    def presets() -> list[str]:
+        folder = resources.files("quantsim").joinpath("presets")
+        return sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json"))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not readable as JSON ({error})") from error
+        return cls.from_dict(values)

@@ -1,0 +1,1 @@
+"""All that other programs read, and the only home of their conventions."""

@@ -1,0 +1,224 @@
+"""Checkpoints: a folder of safetensors and JSON, checked field by field when read, never a pickle.
+
+``config.json`` is the model's own, ``model.safetensors`` holds weights and ranges (``quantizers.<name>.min`` / ``.max``),
+``quantsim.json`` the quantization config, what each quantizer is, and the hashes of all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from quantsim.config import ConfigError, QuantConfig
+from quantsim.quantizers.fake_quantizer import FakeQuantizer, State
+
+WEIGHTS, MODEL_CONFIG, SIM = "model.safetensors", "config.json", "quantsim.json"
+FORMAT = 1
+RANGES = "quantizers."
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as it is: the message names the file, the field, and what was expected."""
+
+
+@dataclass
+class Checkpoint:
+    """What was read: the model with its weights, the config, and the ranges to come."""
+
+    path: Path
+    model: nn.Module
+    config: QuantConfig
+    quantizers: Mapping[str, Any]
+    ranges: Mapping[str, Tensor]
+
+    def load_ranges(self, quantizers: Mapping[str, FakeQuantizer]) -> None:
+        """Give every quantizer of a simulation its range and state.
+
+        Raises:
+            CheckpointError: a quantizer that only one side has, another spec, a range of another shape.
+        """
+        _same_names(self.path / SIM, "quantizers", self.quantizers, quantizers)
+        for name, quantizer in quantizers.items():
+            saved = self.quantizers[name]
+            if saved["spec"] != asdict(quantizer.spec):
+                raise CheckpointError(f"{self.path / SIM}: quantizers.{name}.spec is {saved['spec']}; this model and config give {asdict(quantizer.spec)}")
+            ends = []
+            for end in ("min", "max"):
+                key = f"{RANGES}{name}.{end}"
+                if key not in self.ranges:
+                    raise CheckpointError(f"{self.path / WEIGHTS}: no tensor {key}")
+                value, expected = self.ranges[key], getattr(quantizer, end)
+                if value.shape != expected.shape:
+                    raise CheckpointError(f"{self.path / WEIGHTS}: {key} has shape {list(value.shape)}; expected {list(expected.shape)}")
+                ends.append(value)
+            quantizer.restore(State[saved["state"].upper()], *ends)
+
+
+# ---- write ----
+
+
+def save_checkpoint(folder: str | Path, model: nn.Module, config: QuantConfig, quantizers: Mapping[str, FakeQuantizer]) -> None:
+    """Write a checkpoint. Files appear in ``folder`` only when all of them are complete."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; expected a folder to write to")
+    tensors, tied = _untied(plain_state(model) | _ranges(quantizers))
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        safetensors.torch.save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        _write_model_config(model, staging)
+        description = {
+            "format": FORMAT,
+            "architecture": type(model).__name__,
+            "config": config.to_dict(),
+            "quantizers": {name: {"spec": asdict(q.spec), "state": q.state.name.lower()} for name, q in quantizers.items()},
+            "tied": tied,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "sha256": {name: file_sha256(staging / name) for name in (WEIGHTS, MODEL_CONFIG)},
+        }
+        description["sha256"][SIM] = _own_sha256(description)
+        (staging / SIM).write_text(json.dumps(description, indent=1) + "\n")
+        for name in (WEIGHTS, MODEL_CONFIG, SIM):
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights by the names that the model's class knows: computed ones as their values, no quantizers."""
+    state = {k: v.detach() for k, v in model.state_dict().items() if not k.startswith(RANGES) and ".parametrizations." not in k}
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for name in module.parametrizations:  # type: ignore[union-attr]
+                state[f"{path}.{name}"] = getattr(module, name).detach()
+    return state
+
+
+def _ranges(quantizers: Mapping[str, FakeQuantizer]) -> dict[str, Tensor]:
+    return {f"{RANGES}{name}.{end}": getattr(q, end).detach() for name, q in quantizers.items() for end in ("min", "max")}
+
+
+def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each storage once, and which name stands for which: ``{alias: name}``."""
+    first: dict[tuple[Any, ...], str] = {}
+    tensors, tied = {}, {}
+    for name, x in state.items():
+        key = (x.data_ptr(), tuple(x.shape), x.dtype) if x.numel() else (name,)
+        if key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = x.contiguous().cpu()
+    return tensors, tied
+
+
+def _write_model_config(model: nn.Module, folder: Path) -> None:
+    config = getattr(model, "config", None)
+    if config is None:
+        (folder / MODEL_CONFIG).write_text("{}\n")
+        return
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_sha256(description: Mapping[str, Any]) -> str:
+    """The hash of ``quantsim.json`` itself, without this hash."""
+    rest = {**description, "sha256": {name: value for name, value in description["sha256"].items() if name != SIM}}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+# ---- read ----
+
+
+def load_checkpoint(folder: str | Path, model: nn.Module | None = None) -> Checkpoint:
+    """Read and check a checkpoint; see ``QuantSim.from_pretrained``."""
+    folder = Path(folder)
+    description = _read_description(folder)
+    for name in (WEIGHTS, MODEL_CONFIG):
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; expected a folder written by QuantSim.save_pretrained")
+    tensors = _read_tensors(folder / WEIGHTS)
+    for name in (WEIGHTS, MODEL_CONFIG):
+        if (found := file_sha256(folder / name)) != description["sha256"].get(name):
+            raise CheckpointError(f"{folder / name}: sha256 is {found}; {SIM} expects {description['sha256'].get(name)}. The file was changed or damaged")
+    try:
+        config = QuantConfig.from_dict(description["config"])
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder / SIM}: config: {error}") from error
+    tensors |= {alias: tensors[name] for alias, name in description["tied"].items() if name in tensors}
+    if model is None:
+        model = _build_model(folder, description["architecture"])
+    weights = {name: x for name, x in tensors.items() if not name.startswith(RANGES)}
+    expected = plain_state(model)
+    _same_names(folder / WEIGHTS, "tensors", weights, expected)
+    for name, x in weights.items():
+        if x.shape != expected[name].shape or x.dtype != expected[name].dtype:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} is {list(x.shape)} of {x.dtype}; expected {list(expected[name].shape)} of {expected[name].dtype}"
+            )
+    model.load_state_dict(weights)
+    return Checkpoint(folder, model.eval(), config, description["quantizers"], {k: v for k, v in tensors.items() if k.startswith(RANGES)})
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / SIM
+    try:
+        description = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; expected a folder written by QuantSim.save_pretrained") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    fields = {"format", "architecture", "config", "quantizers", "tied", "versions", "sha256"}
+    if not isinstance(description, dict) or (missing := fields - set(description)):
+        raise CheckpointError(f"{path}: expected an object with {', '.join(sorted(fields))}; missing {sorted(missing) if isinstance(description, dict) else 'all'}")
+    if description["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {description['format']!r}; this version reads format {FORMAT}")
+    if description["sha256"].get(SIM) != _own_sha256(description):
+        raise CheckpointError(f"{path}: its contents do not match its own sha256. The file was changed or damaged")
+    return description
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}). Nothing in it was executed; fetch or write it again") from error
+    for name, x in tensors.items():
+        if x.is_floating_point() and not x.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds {int((~x.isfinite()).sum())} values that are not finite")
+    return tensors
+
+
+def _build_model(folder: Path, architecture: str) -> nn.Module:
+    cls = getattr(transformers, architecture, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise CheckpointError(f"{folder / SIM}: architecture {architecture!r} is no model class of transformers; pass model= with an instance of it")
+    with torch.random.fork_rng(devices=[]):  # initial values are replaced; the caller's random state stays
+        return cls(transformers.AutoConfig.from_pretrained(folder))  # type: ignore[no-any-return]
+
+
+def _same_names(path: Path, what: str, saved: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+    missing, extra = sorted(set(needed) - set(saved)), sorted(set(saved) - set(needed))
+    if missing or extra:
+        raise CheckpointError(f"{path}: {what} do not fit the model; missing {missing[:3] or 'none'} ({len(missing)}), unknown {extra[:3] or 'none'} ({len(extra)})")

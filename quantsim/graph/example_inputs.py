@@ -1,0 +1,66 @@
+"""Small batches made from a model's config, and other shapes of a batch that is at hand."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+
+ROWS, CHOICES, LENGTH = 2, 3, 12
+MASK = "attention_mask"
+
+Batch = Mapping[str, Tensor]
+
+
+def example_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """A random batch that fits ``model.config``: ids ``[2, 12]`` (``[2, 3, 12]`` for multiple choice) or pixels.
+
+    Raises:
+        ValueError: the model has no ``config``, or takes none of the inputs that are known here.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} has no config to make example inputs from; pass example_inputs")
+    takes = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    batch: dict[str, Tensor] = {}
+    if "input_ids" in takes:
+        positions = getattr(config, "max_position_embeddings", None) or LENGTH + 2
+        shape = [ROWS, min(LENGTH, positions - 2)]
+        if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
+            shape.insert(1, CHOICES)
+        batch["input_ids"] = torch.randint(3, config.vocab_size, shape, generator=generator)
+        if MASK in takes:
+            batch[MASK] = torch.ones(shape, dtype=torch.long)
+            batch[MASK][-1, ..., -2:] = 0
+        if "token_type_ids" in takes:
+            batch["token_type_ids"] = torch.zeros(shape, dtype=torch.long)
+            batch["token_type_ids"][..., shape[-1] // 2 :] = getattr(config, "type_vocab_size", 1) > 1
+    elif "pixel_values" in takes:
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        batch["pixel_values"] = torch.randn(ROWS, config.num_channels, *size, generator=generator)
+    else:
+        raise ValueError(f"{type(model).__name__}.forward takes neither input_ids nor pixel_values; pass example_inputs")
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def at_least_two_rows(batch: Batch) -> dict[str, Tensor]:
+    """The batch repeated along its first axis where it has one row: an axis of size 1 would be traced as fixed."""
+    return {name: x.repeat(2, *[1] * (x.ndim - 1)) if x.ndim and x.shape[0] == 1 else x for name, x in batch.items()}
+
+
+def other_shape(batch: Batch) -> dict[str, Tensor]:
+    """The same inputs with one row more and, for ids and masks, a sequence that is shorter by one; the last token is masked."""
+    other = {}
+    for name, x in batch.items():
+        x = torch.cat([x, x[:1]])
+        if not x.is_floating_point() and x.ndim >= 2 and x.shape[-1] > 2:
+            x = x[..., :-1].clone()
+        if name == MASK:
+            x[0, ..., -1] = 0
+        other[name] = x
+    return other

@@ -1,0 +1,126 @@
+"""A model whose forward runs its graph: what it takes and gives stays what the model takes and gives, loss included."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+from torch import Tensor, fx, nn
+from transformers.utils import ModelOutput
+from transformers.utils.generic import find_labels
+
+from quantsim.graph.example_inputs import at_least_two_rows
+from quantsim.graph.trace import TraceError, eager_attention, export, returning_dict
+
+
+class GraphForward:
+    """Takes the place of ``model.forward``.
+
+    Args:
+        model: whose forward it becomes; its own forward is used once more, to trace the loss when labels first come.
+        graph: the traced (and rewritten) graph.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.GraphModule) -> None:
+        self.model = model
+        self.graph = graph
+        self.losses: dict[tuple[str, ...], fx.GraphModule] = {}
+        self.labels = tuple(find_labels(type(model)))
+        self.inputs = tuple(str(node.target) for node in graph.graph.find_nodes(op="placeholder"))
+        self.required = tuple(str(node.target) for node in graph.graph.find_nodes(op="placeholder") if not node.args)
+        own = inspect.signature(type(model).forward)
+        self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
+        returns_dict = given.pop("return_dict", None)
+        labels = {name: x for name in self.labels if (x := given.pop(name, None)) is not None}
+        inputs = {name: x for name, x in given.items() if x is not None and x is not False}
+        self._check(inputs)
+        output = self.graph(**inputs)
+        if labels:
+            output = self._with_loss(output, inputs, labels)
+        if returns_dict is None:
+            returns_dict = getattr(getattr(self.model, "config", None), "return_dict", True)
+        return output if returns_dict or not isinstance(output, ModelOutput) else output.to_tuple()
+
+    def _check(self, inputs: Mapping[str, Any]) -> None:
+        for name in inputs:
+            if name not in self.inputs:
+                raise TypeError(
+                    f"{type(self.model).__name__}: the graph takes {', '.join(self.inputs)}, not {name!r}. It was traced without it: "
+                    f"give QuantSim example_inputs that hold {name!r} (output_* flags: set them in the model's config before)"
+                )
+        for name in self.required:
+            if name not in inputs:
+                raise TypeError(f"{type(self.model).__name__}: input {name!r} is missing; it takes {', '.join(self.inputs)}")
+
+    def _with_loss(self, output: Any, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Any:
+        key = tuple(sorted((f"{name}:{x.dtype}" for name, x in labels.items())))
+        if key not in self.losses:
+            self.losses[key] = trace_loss(self.model, inputs, labels)
+        loss = self.losses[key]
+        values = {**inputs, **labels, **output}
+        needed = [str(node.target) for node in loss.graph.find_nodes(op="placeholder")]
+        return type(output)(loss=loss(**{name: values[name] for name in needed}), **output)
+
+
+def run_on_graph(model: nn.Module, graph: fx.GraphModule) -> None:
+    """Make ``graph`` the forward of ``model``, and the modules that only the graph has (quantizers, dropouts) the model's."""
+    for name, child in graph.named_children():
+        if name not in dict(model.named_children()):
+            model.add_module(name, child)
+    model.forward = GraphForward(model, graph)  # type: ignore[assignment]
+
+
+def trace_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> fx.GraphModule:
+    """The model's own loss as a graph of its outputs, its inputs and the labels.
+
+    Raises:
+        TraceError: the loss needs more than these (a parameter, or a hidden state that is not an output).
+    """
+    batch = at_least_two_rows({name: x[:2].detach() for name, x in {**inputs, **labels}.items()})
+    with _own_forward(model), eager_attention(model), returning_dict(model):
+        full = export(model, batch)
+    result = full.graph.output_node().args[0]
+    if not isinstance(result, fx.Node) or "loss" not in result.kwargs:
+        raise TraceError(f"{type(model).__name__}: no loss comes out with {', '.join(labels)} as labels")
+    outputs = {node: name for name, node in result.kwargs.items() if name != "loss" and isinstance(node, fx.Node)}
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in copied:
+            name = outputs.get(node, str(node.target) if node.op == "placeholder" else None)
+            if name is None and node.op in ("get_attr", "call_module"):
+                raise TraceError(f"{type(model).__name__}: its loss uses {node.target}, which is not an output of the model")
+            if name is None:
+                for source in node.all_input_nodes:
+                    copy(source)
+            copied[node] = graph.node_copy(node, copied.__getitem__) if name is None else _placeholder(graph, name)
+        return copied[node]
+
+    loss = result.kwargs["loss"]
+    assert isinstance(loss, fx.Node)
+    graph.output(copy(loss))
+    graph.lint()
+    return fx.GraphModule(nn.Module(), graph, "Loss")
+
+
+def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    first = next(iter(graph.nodes), None)
+    with graph.inserting_before(first) if first is not None else graph.inserting_after():
+        return graph.placeholder(name)
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    replaced = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if replaced is not None:
+            model.__dict__["forward"] = replaced

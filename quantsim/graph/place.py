@@ -1,0 +1,172 @@
+"""Where quantizers go: a graph and a config become a list that can be read, printed and tested. Nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from tabulate import tabulate
+from torch import Tensor, fx
+
+from quantsim.config import ConfigError, QuantConfig, QuantSpec, Role, Rule, near
+from quantsim.graph.roles import Roles, is_float
+
+FROM_IDS = "made from integer inputs alone"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One edge of the graph, and how it is quantized.
+
+    Attributes:
+        node: the node that makes the edge, or for a weight the node that takes it.
+        edge: ``"output"``, or which argument of the node.
+        name: the module's path and what it is (``bert.pooler.dense.weight``, ``bert.encoder.layer.0.attention.self.softmax``).
+        op, role: what rules match.
+        spec: ``None`` leaves the edge in floating point.
+        reason: why it does.
+    """
+
+    node: fx.Node
+    edge: int | Literal["output"]
+    name: str
+    op: str
+    role: Role
+    spec: QuantSpec | None
+    reason: str = ""
+    attention: str | None = None
+
+
+def place(graph: fx.GraphModule, config: QuantConfig, roles: Roles | None = None) -> list[Placement]:
+    """Every floating-point edge that computes something, in the order of the graph: quantized, or not and why.
+
+    Raises:
+        ConfigError: a rule that is not optional matches nothing; the message names the nearest edges.
+    """
+    roles = roles or Roles(graph)
+    placements = _inside_supergroups(list(_candidates(roles, config)), roles, config)
+    matched: set[Rule] = set()
+    decided = [_decide(p, config, matched) for p in placements]
+    for rule in config.rules:
+        if rule not in matched and not rule.optional:
+            raise ConfigError(f"{rule} matches nothing; {_nearest(rule, placements)}")
+    return _one_spec_per_weight(decided)
+
+
+def placement_table(placements: Iterable[Placement]) -> str:
+    """The list as text: one line an edge."""
+    rows = [(p.name, p.op, p.role, str(p.spec) if p.spec else "-", p.reason) for p in placements]
+    return tabulate(rows, headers=("edge", "op", "role", "quantizer", "reason"))
+
+
+def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
+    in_weights = _weight_chains(roles)
+    for node in roles.nodes:
+        op = roles.op[node]
+        if node.op == "placeholder" and is_float(node):
+            spec = config.activations if config.inputs else None
+            yield Placement(node, "output", node.name, op, "input", spec, "" if spec else "inputs are left as they are")
+        if node.op != "call_function":
+            continue
+        if found := roles.weight_of(node):
+            at, weight = found
+            shape = weight.meta["val"].shape
+            spec = config.weights
+            if spec is not None and spec.axis is not None:  # a vector has one range: a range for each number would quantize nothing
+                spec = replace(spec, axis=at.axis if len(shape) > 1 else None)
+            name = str(weight.target) if weight.op == "get_attr" else f"{roles.name[node].rsplit('.', 1)[0]}.weight"
+            yield Placement(node, at.index, name, op, "weight", spec, "" if spec else "weights are left as they are")
+        if node in roles.name and node not in in_weights:
+            spec, reason = config.activations, "" if config.activations else "activations are left as they are"
+            if roles.from_ids_alone(node):
+                spec, reason = None, FROM_IDS
+            yield Placement(node, "output", roles.name[node], op, "activation", spec, reason, roles.role.get(node))
+
+
+def _weight_chains(roles: Roles) -> set[fx.Node]:
+    """Nodes that compute a weight or a bias from parameters (``torch.nn.utils.parametrize``)."""
+    chain: set[fx.Node] = set()
+    todo = [found[1] for node in roles.nodes if (found := roles.weight_of(node))]
+    todo += [bias for node in roles.nodes if (bias := roles.bias_of(node))]
+    while todo:
+        node = todo.pop()
+        if node not in chain and roles.sources[node] == {"parameter"}:
+            chain.add(node)
+            todo += node.all_input_nodes
+    return chain
+
+
+def _inside_supergroups(placements: list[Placement], roles: Roles, config: QuantConfig) -> list[Placement]:
+    """Switch off the edges between ops that run as one."""
+    fused: dict[fx.Node, str] = {}
+    for group in config.supergroups:
+        for node in roles.nodes:
+            chain = [node]
+            while len(chain) < len(group) and roles.op[chain[-1]] == group[len(chain) - 1]:
+                user = roles.sole_user(chain[-1])
+                if user is None:
+                    break
+                chain.append(user)
+            if len(chain) == len(group) and roles.op[chain[-1]] == group[-1]:
+                fused |= {inner: f"runs as one with {group[-1]}" for inner in chain[:-1]}
+    return [replace(p, spec=None, reason=fused[p.node]) if p.edge == "output" and p.node in fused else p for p in placements]
+
+
+def _decide(placement: Placement, config: QuantConfig, matched: set[Rule]) -> Placement:
+    spec, reason = placement.spec, placement.reason
+    if reason == FROM_IDS:
+        return placement
+    for rule in config.rules:
+        if not _matches(rule, placement):
+            continue
+        matched.add(rule)
+        if rule.enabled is False:
+            spec, reason = None, rule.reason or f"off by {rule}"
+        elif rule.enabled is True and spec is None:
+            spec, reason = (config.weights if placement.role == "weight" else config.activations) or QuantSpec(), ""
+        if spec is not None:
+            spec = rule.apply(spec)
+    if spec is not None and spec.axis is not None:
+        _check_axis(spec, placement)
+    return replace(placement, spec=spec, reason=reason)
+
+
+def _check_axis(spec: QuantSpec, placement: Placement) -> None:
+    value = placement.node.meta["val"]
+    if placement.role == "weight":
+        weight = placement.node.args[int(placement.edge)]
+        assert isinstance(weight, fx.Node)
+        value = weight.meta["val"]
+    assert isinstance(value, Tensor) and spec.axis is not None
+    if not -value.ndim <= spec.axis < value.ndim:
+        raise ConfigError(f"{placement.name}: axis {spec.axis} of a tensor with {value.ndim} axes")
+    if not isinstance(value.shape[spec.axis], int):
+        raise ConfigError(f"{placement.name}: axis {spec.axis} has no fixed size (batch or sequence), so it can't keep ranges of its own")
+
+
+def _matches(rule: Rule, placement: Placement) -> bool:
+    if rule.role is not None and rule.role != placement.role:
+        return False
+    if rule.module is not None and not fnmatchcase(placement.name, rule.module):
+        return False
+    return rule.op is None or any(fnmatchcase(kind, rule.op) for kind in (placement.op, placement.attention) if kind)
+
+
+def _nearest(rule: Rule, placements: Sequence[Placement]) -> str:
+    if rule.module is not None:
+        return f"the nearest edges are {near(rule.module, [p.name for p in placements])}"
+    if rule.op is not None:
+        kinds = {kind for p in placements for kind in (p.op, p.attention) if kind}
+        return f"the nearest ops are {near(rule.op, kinds)}; this graph has {', '.join(sorted(kinds))}"
+    return f"this graph has no edge of role {rule.role}"
+
+
+def _one_spec_per_weight(placements: list[Placement]) -> list[Placement]:
+    """A parameter that is used twice (a tied decoder) has one quantizer: the finest of those asked for."""
+    finest: dict[str, QuantSpec] = {}
+    for p in placements:
+        if p.role == "weight" and p.spec is not None and (p.name not in finest or finest[p.name].axis is None):
+            finest[p.name] = p.spec
+    return [replace(p, spec=finest[p.name]) if p.role == "weight" and p.spec is not None else p for p in placements]

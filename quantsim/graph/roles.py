@@ -1,0 +1,221 @@
+"""Which node is what: one table of ops, and the roles that follow from dataflow.
+
+Nothing here knows an architecture. An op is named as ATen names it; what a node does in an attention is read from
+the ops around it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantsim.graph.trace import module_path
+
+SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT = (
+    "attention_scores",
+    "attention_scale",
+    "mask_add",
+    "mask_fill",
+    "attention_probs",
+    "attention_context",
+)
+
+
+@dataclass(frozen=True)
+class WeightArg:
+    """Where an op takes its weight, which axis of it is the output channel, and where it takes its bias."""
+
+    index: int
+    axis: int = 0
+    bias: int | None = None
+
+
+WEIGHTS: dict[str, WeightArg] = {
+    "linear": WeightArg(1, bias=2),  # x [*, in], weight [out, in]
+    "addmm": WeightArg(2, axis=1, bias=0),  # bias, x [n, in], weight [in, out]
+    "conv1d": WeightArg(1, bias=2),  # weight [out, in / groups, k]
+    "conv2d": WeightArg(1, bias=2),
+    "conv3d": WeightArg(1, bias=2),
+    "embedding": WeightArg(0),  # weight [rows, width]
+    "layer_norm": WeightArg(2, bias=3),  # weight [width]
+    "group_norm": WeightArg(2, bias=3),
+    "rms_norm": WeightArg(2),
+    "batch_norm": WeightArg(1, bias=2),
+}
+
+ALIASES = {"bmm": "matmul", "mm": "matmul", "_softmax": "softmax", "_safe_softmax": "softmax", "where": "where"}
+
+KEEPS_GRID = frozenset(
+    "alias chunk clone contiguous detach dropout expand expand_as flatten flip gather getitem index index_select lift_fresh_copy "
+    "movedim narrow permute repeat repeat_interleave reshape roll select slice split split_with_sizes squeeze t to transpose "
+    "unbind unflatten unsqueeze view view_as".split()
+)
+"""Ops whose output holds values of their input and nothing else: the output is on the input's grid."""
+
+Source = Literal["parameter", "float_input", "ids"]
+
+
+def op_of(node: fx.Node, graph: fx.GraphModule) -> str:
+    """The op's name: ATen's without namespace, overload and in-place underscore (``"add"``), or what kind of node it is."""
+    if node.op == "call_module":
+        return "dropout" if isinstance(graph.get_submodule(str(node.target)), nn.Dropout) else "module"
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.split("::")[1]
+        name = name.removesuffix("_")
+        return ALIASES.get(name, name)
+    return "getitem" if node.target is operator.getitem else getattr(node.target, "__name__", str(node.target))
+
+
+def is_float(node: fx.Node) -> bool:
+    """The node's value is a floating-point tensor."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def resolve(graph: fx.GraphModule, target: str) -> object:
+    """The parameter, buffer or module at a dotted path."""
+    value: object = graph
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+class Roles:
+    """Names, ops, sources and attention roles of every node of a graph, worked out once.
+
+    Attributes:
+        op: node → op name.
+        role: node → its role in an attention, where it has one.
+        name: node → a path that stays the same while module names do, for nodes that compute: the module's path and
+            ``output`` where the module does one thing, else the path and the op (``"…attention.self.matmul_1"``).
+        sources: node → what its value depends on.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.graph = graph
+        self.nodes = list(graph.graph.nodes)
+        self.op = {node: op_of(node, graph) for node in self.nodes}
+        self.sources = self._find_sources()
+        self.role: dict[fx.Node, str] = {}
+        for node in self.nodes:
+            if self.op[node] == "softmax":
+                self._find_attention(node)
+        self.name = self._find_names()
+
+    # ---- what a node is ----
+
+    def keeps_grid(self, node: fx.Node) -> bool:
+        return self.op[node] in KEEPS_GRID
+
+    def from_ids_alone(self, node: fx.Node) -> bool:
+        """Masks and positions: nothing learned and no floating-point input goes in."""
+        return not self.sources[node] & {"parameter", "float_input"}
+
+    def weight_of(self, node: fx.Node) -> tuple[WeightArg, fx.Node] | None:
+        """Where the node takes its weight and the node it takes it from; ``None`` if it has none."""
+        at = WEIGHTS.get(self.op[node])
+        if at is None or len(node.args) <= at.index or not isinstance(weight := node.args[at.index], fx.Node):
+            return None
+        return (at, weight) if "parameter" in self.sources[weight] else None
+
+    def bias_of(self, node: fx.Node) -> fx.Node | None:
+        at = WEIGHTS.get(self.op[node])
+        if at is None or at.bias is None or len(node.args) <= at.bias:
+            return None
+        bias = node.args[at.bias]
+        return bias if isinstance(bias, fx.Node) else None
+
+    def mask_operand(self, node: fx.Node) -> int | None:
+        """Which argument of a mask add is the mask."""
+        for i, arg in enumerate(node.args[:2]):
+            if isinstance(arg, fx.Node) and is_float(arg) and self.from_ids_alone(arg):
+                return i
+        return None
+
+    # ---- working it out ----
+
+    def _find_sources(self) -> dict[fx.Node, frozenset[Source]]:
+        sources: dict[fx.Node, frozenset[Source]] = {}
+        for node in self.nodes:
+            found: frozenset[Source] = frozenset()
+            if node.op == "placeholder":
+                found = frozenset({"float_input" if is_float(node) else "ids"})
+            elif node.op == "get_attr" and isinstance(value := resolve(self.graph, str(node.target)), nn.Parameter):
+                found = frozenset({"parameter"} if value.is_floating_point() else ())
+            sources[node] = found.union(*(sources[n] for n in node.all_input_nodes))
+        return sources
+
+    def _find_attention(self, softmax: fx.Node) -> None:
+        """Walk from a softmax up to the product that made its scores, and down to the product that uses its weights."""
+        found: dict[fx.Node, str] = {}
+        product: fx.Node | None = None
+        todo = list(softmax.all_input_nodes)
+        while todo:
+            node = todo.pop()
+            if self.from_ids_alone(node) or node in found:
+                continue
+            op = self.op[node]
+            if op == "matmul":
+                product = node
+                found[node] = SCORES
+            elif op in ("mul", "div") and len(node.all_input_nodes) == 1:
+                found[node] = SCALE
+                todo += node.all_input_nodes
+            elif op == "add":
+                if self.mask_operand(node) is not None:
+                    found[node] = MASK_ADD
+                todo += node.all_input_nodes
+            elif op in ("masked_fill", "where"):
+                found[node] = MASK_FILL
+                todo += node.all_input_nodes
+            elif op in KEEPS_GRID:
+                todo += node.all_input_nodes
+        if product is None:
+            return  # a softmax over something else than an attention's scores
+        self.role |= found
+        self.role[softmax] = PROBS
+        for user in self._users_past(softmax, KEEPS_GRID | {"masked_fill"}):
+            if self.op[user] == "matmul":
+                self.role[user] = CONTEXT
+
+    def _users_past(self, node: fx.Node, ops: frozenset[str]) -> Iterator[fx.Node]:
+        for user in node.users:
+            if self.op[user] in ops:
+                yield from self._users_past(user, ops)
+            else:
+                yield user
+
+    def sole_user(self, node: fx.Node) -> fx.Node | None:
+        """The one node that uses this one's values, past those that keep its grid; ``None`` if there are several."""
+        users = list(self._users_past(node, KEEPS_GRID))
+        return users[0] if len(users) == 1 else None
+
+    def _find_names(self) -> dict[fx.Node, str]:
+        computing = [n for n in self.nodes if n.op == "call_function" and is_float(n) and not self.keeps_grid(n)]
+        paths = {module_path(n) for n in self.nodes if n.op in ("call_function", "call_module")}
+        parents = {path.rsplit(".", i)[0] for path in paths for i in range(1, path.count(".") + 1)} | {""}
+        calls: dict[tuple[str, str], int] = {}
+        for node in computing:
+            calls[_call(node)] = calls.get(_call(node), 0) + 1
+        names: dict[fx.Node, str] = {}
+        taken: dict[str, int] = {}
+        for node in computing:
+            path = module_path(node)
+            alone = path not in parents and calls[_call(node)] == 1
+            name = ".".join(filter(None, (path, "output" if alone else self.op[node])))
+            taken[name] = taken.get(name, -1) + 1
+            names[node] = name if taken[name] == 0 else f"{name}_{taken[name]}"
+        return names
+
+
+def _call(node: fx.Node) -> tuple[str, str]:
+    """The module call that made the node: torch.export numbers the calls of a module that is called twice."""
+    stack = list((node.meta.get("nn_module_stack") or {}).items())
+    return (stack[-1][0], stack[-1][1][0]) if stack else ("", "")

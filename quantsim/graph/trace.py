@@ -1,0 +1,243 @@
+"""Hugging Face model → one trainable ``torch.fx`` graph of core ATen ops, proven equal to the model.
+
+``torch.export`` sees through any Python in a model's forward. What it bakes in is made live again here: dropout
+follows ``train()`` and ``eval()``, optional inputs may be left out, and no device is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+from transformers.utils import ModelOutput
+
+from quantsim.graph.example_inputs import at_least_two_rows, example_inputs, other_shape
+
+aten = torch.ops.aten
+
+
+class TraceError(RuntimeError):
+    """The model could not be traced, or its graph does not compute what the model computes."""
+
+
+def trace(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
+    """Trace a model into a graph that is equal to it, bit for bit.
+
+    The graph takes the example's inputs by keyword, with any batch size and sequence length, and returns the model's
+    own output type. It shares the model's parameters: to train the graph is to train the model. Attention is traced
+    in its eager form, whichever the model was loaded with; inputs the model can do without may be left out.
+
+    Args:
+        model: any ``transformers`` encoder, with or without a head.
+        example: a batch of tensors by keyword; made from ``model.config`` by default.
+
+    Raises:
+        TraceError: ``torch.export`` cannot follow the model, or on a second batch of another shape the graph's output
+            differs from the model's; the message shows both.
+    """
+    batch = at_least_two_rows(example_inputs(model) if example is None else example)
+    with eager_attention(model), returning_dict(model):
+        graph = export(model, batch)
+        _make_dropout_live(graph, model)
+        _free_device(graph)
+        with _mode(model, training=False):
+            _make_inputs_optional(graph, model, batch)
+            graph.graph.eliminate_dead_code()
+            graph.graph.lint()
+            graph.recompile()
+            _prove(graph, model, [batch, other_shape(batch)])
+    graph.train(model.training)
+    return graph
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module whose forward made the node, as ``model.named_modules()`` spells it; "" at the root."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    return ".".join(part.split("@")[0] for part in path.split(".")) if not path.startswith("_empty") else ""
+
+
+# ---- the model, while it is traced ----
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Fused attention kernels hide the scores, which have quantizers of their own."""
+    if not hasattr(model, "set_attn_implementation"):
+        yield
+        return
+    before = model.config._attn_implementation  # transformers has a public setter and no public getter
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def returning_dict(model: nn.Module) -> Iterator[None]:
+    config = getattr(model, "config", None)
+    if config is None or config.return_dict:
+        yield
+        return
+    config.return_dict = True
+    try:
+        yield
+    finally:
+        config.return_dict = False
+
+
+# ---- export, and what it bakes in ----
+
+
+def export(model: nn.Module, batch: Mapping[str, Tensor]) -> fx.GraphModule:
+    shapes = {name: {axis: Dim.AUTO for axis in range(x.ndim)} for name, x in batch.items()}
+    try:
+        with _mode(model, training=True):  # in eval mode dropout would leave no trace
+            exported = torch.export.export(model, (), kwargs=dict(batch), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise TraceError(f"{type(model).__name__}: torch.export cannot follow its forward with inputs {list(batch)}: {error}") from error
+    flat = exported.module(check_guards=False)
+    graph = flat.graph
+    output = graph.output_node()
+    leaves = list(output.args[0])
+    skeleton = pytree.tree_unflatten(list(range(len(leaves))), exported.call_spec.out_spec)
+    with graph.inserting_before(output):
+        output.args = (_rebuild(skeleton, leaves, graph),)
+    graph.set_codegen(fx.graph.CodeGen())  # plain keyword inputs in place of export's pytrees
+    return fx.GraphModule(flat, graph, type(model).__name__)
+
+
+def _rebuild(skeleton: Any, leaves: list[Any], graph: fx.Graph) -> Any:
+    """The model's output structure, with a graph node at each leaf."""
+    if isinstance(skeleton, ModelOutput):
+        return graph.call_function(type(skeleton), (), {name: _rebuild(x, leaves, graph) for name, x in skeleton.items()})
+    if isinstance(skeleton, Mapping):
+        return {name: _rebuild(x, leaves, graph) for name, x in skeleton.items()}
+    if isinstance(skeleton, (tuple, list)):
+        return type(skeleton)(_rebuild(x, leaves, graph) for x in skeleton)
+    return leaves[skeleton] if isinstance(skeleton, int) else skeleton
+
+
+def _make_dropout_live(graph: fx.GraphModule, model: nn.Module) -> None:
+    """``aten.dropout(x, p, True)`` → the model's own ``nn.Dropout``, or a new one where the model called the function."""
+    for node in graph.graph.find_nodes(op="call_function", target=aten.dropout.default):
+        x, p = node.args[0], node.args[1]
+        path = module_path(node)
+        dropout = model.get_submodule(path)
+        if not isinstance(dropout, nn.Dropout):
+            path, dropout = f"dropouts.{path}.{node.name}".replace("..", "."), nn.Dropout(p)
+        graph.add_submodule(path, dropout)
+        with graph.graph.inserting_before(node):
+            live = graph.graph.call_module(path, (x,))
+        live.meta = dict(node.meta)
+        node.replace_all_uses_with(live)
+        graph.graph.erase_node(node)
+
+
+def _free_device(graph: fx.GraphModule) -> None:
+    """Make new tensors on the device of the first input, and drop conversions to the device of the trace."""
+    first = next(iter(graph.graph.find_nodes(op="placeholder")))
+    device: fx.Node | None = None
+    for node in list(graph.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.graph.erase_node(node)
+        elif node.target in (aten.to.device, aten.to.dtype_layout):
+            dtype = node.args[2] if node.target is aten.to.device else node.kwargs["dtype"]
+            node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], dtype), {}
+        elif "device" in node.kwargs:
+            if device is None:
+                with graph.graph.inserting_after(first):
+                    device = graph.graph.call_function(getattr, (first, "device"))
+            node.kwargs = node.kwargs | {"device": device}
+
+
+def or_filled(value: Tensor | None, like: Tensor, fill: int) -> Tensor:
+    """``value``, or where it is ``None`` a tensor of ``like``'s shape filled with ``fill``."""
+    return torch.full_like(like, fill) if value is None else value
+
+
+def _make_inputs_optional(graph: fx.GraphModule, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Give a default to each input that the model can do without: ones or zeros, whichever equals leaving it out.
+
+    Raises nothing: an input without such a default stays required.
+    """
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    last = placeholders[-1]
+    first = placeholders[0]
+    for node in placeholders[1:]:
+        fill = _default_of(node.target, model, batch)
+        if fill is None or batch[node.target].shape != batch[first.target].shape:
+            continue
+        node.args = (None,)
+        with graph.graph.inserting_after(last):
+            filled = graph.graph.call_function(or_filled, (node, first, fill))
+        filled.meta = {"val": node.meta.get("val")}
+        node.replace_all_uses_with(filled, delete_user_cb=lambda user, filled=filled: user is not filled)  # type: ignore[misc]
+        last = filled
+
+
+def _default_of(name: str, model: nn.Module, batch: Mapping[str, Tensor]) -> int | None:
+    x = batch[name]
+    if x.is_floating_point():
+        return None
+    try:
+        without = _run(model, {key: value for key, value in batch.items() if key != name})
+    except Exception:  # whatever the model raises where the input is required
+        return None
+    for fill in (1, 0):
+        if _first_difference(without, _run(model, {**batch, name: torch.full_like(x, fill)})) is None:
+            return fill
+    return None
+
+
+# ---- the proof ----
+
+
+@torch.no_grad()
+def _run(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(model(**batch)) if isinstance(leaf, Tensor)]
+
+
+def _first_difference(expected: list[Tensor], actual: list[Tensor]) -> int | None:
+    if len(expected) != len(actual):
+        return min(len(expected), len(actual))
+    for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
+        if a.shape != b.shape or not torch.equal(a, b):
+            return i
+    return None
+
+
+def _prove(graph: fx.GraphModule, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    graph.eval()
+    for batch in batches:
+        shapes = {name: list(x.shape) for name, x in batch.items()}
+        expected = _run(model, batch)
+        if any(not x.isfinite().all() for x in expected if x.is_floating_point()):
+            raise TraceError(f"{type(model).__name__}: its own output is not finite on inputs {shapes}; check its weights for NaN and infinity")
+        try:
+            actual = _run(graph, batch)
+        except Exception as error:
+            raise TraceError(f"{type(model).__name__}: the traced graph fails on inputs {shapes}: {error}") from error
+        if (i := _first_difference(expected, actual)) is not None:
+            a, b = (str(outputs[i]) if i < len(outputs) else "nothing" for outputs in (expected, actual))
+            raise TraceError(
+                f"{type(model).__name__}: on inputs {shapes} output {i} of the graph differs from the model's.\nmodel: {a}\ngraph: {b}\n"
+                "A branch on the values of an input, or state that the forward changes, cannot be traced"
+            )

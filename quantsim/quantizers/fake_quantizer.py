@@ -1,0 +1,217 @@
+"""The fake quantizer: a range, the state it is in, and ``fake_quantize`` on what passes through."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantsim.config import QuantSpec
+from quantsim.numerics.affine import AffineParams, affine_params, fake_quantize
+from quantsim.quantizers.range_estimators import RangeEstimator, range_estimator
+
+MASK_FLOOR = -1e4
+
+
+class CalibrationError(RuntimeError):
+    """Calibration met values that no sensible range can hold; the message names the quantizer and the range."""
+
+
+class State(Enum):
+    """What a quantizer does with the tensor that passes through.
+
+    ``OFF`` and ``ESTIMATING`` pass it on unchanged; ``FIXED`` and ``LEARNING`` quantize it, and in ``LEARNING`` the
+    range is trained.
+    """
+
+    OFF = 0
+    ESTIMATING = 1
+    FIXED = 2
+    LEARNING = 3
+
+
+class FakeQuantizer(nn.Module):
+    """Quantizes one edge of a graph.
+
+    ``min`` and ``max`` (``[]``, or ``[channels]`` with an axis) are parameters, trained in ``State.LEARNING`` and
+    without gradient in every other state. The state is kept in the ``state_dict``, so that a loaded quantizer does
+    what the saved one did.
+
+    Args:
+        spec: bits, symmetry, axis, estimator.
+        name: the placement's name, for messages.
+        channels: the number of ranges, where the spec has an axis.
+    """
+
+    min: nn.Parameter
+    max: nn.Parameter
+    state_code: Tensor
+
+    def __init__(self, spec: QuantSpec, name: str = "", channels: int | None = None) -> None:
+        super().__init__()
+        if (spec.axis is None) != (channels is None):
+            raise ValueError(f"{name or 'FakeQuantizer'}: axis {spec.axis} needs {'no' if spec.axis is None else 'a'} channel count, got {channels}")
+        self.spec = spec
+        self.name = name
+        shape = () if channels is None else (channels,)
+        self.min = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.max = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.register_buffer("state_code", torch.tensor(State.OFF.value, dtype=torch.uint8))
+        self._state = State.OFF
+        self._estimator: RangeEstimator | None = None
+        self._frozen: tuple[object, AffineParams] | None = None
+
+    # ---- state ----
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self._state = state
+        self.state_code.fill_(state.value)
+        learning = state is State.LEARNING
+        self.min.requires_grad_(learning)
+        self.max.requires_grad_(learning)
+        if state is State.ESTIMATING and self._estimator is None:
+            self._estimator = range_estimator(self.spec)
+
+    @property
+    def calibrated(self) -> bool:
+        return self._state in (State.FIXED, State.LEARNING)
+
+    def finish_estimating(self) -> None:
+        """Take the estimator's range and start quantizing, learning where the spec says so.
+
+        Raises:
+            CalibrationError: nothing was observed, or what was observed is not finite.
+        """
+        estimator, self._estimator = self._estimator, None
+        try:
+            if estimator is None:
+                raise RuntimeError("calibration was not started")
+            low, high = estimator.range()
+        except RuntimeError as error:
+            self.state = State.OFF
+            raise CalibrationError(f"{self.name}: {error}") from error
+        self.state = State.OFF
+        self.check_range(low, high)
+        self.set_range(low, high)
+
+    def check_range(self, low: Tensor, high: Tensor) -> None:
+        """Refuse a calibrated range that no grid can hold, with :class:`CalibrationError`."""
+        if not (low.isfinite().all() and high.isfinite().all()):
+            raise CalibrationError(
+                f"{self.name}: calibrated to [{low.min().item():.4g}, {high.max().item():.4g}]; expected finite values. "
+                "Check the model's weights and the batches for NaN and infinity"
+            )
+
+    def observe(self, x: Tensor) -> None:
+        """Show the estimator a tensor; the state must be ``ESTIMATING``."""
+        assert self._estimator is not None, f"{self.name}: observes in state ESTIMATING, not {self._state.name}"
+        self._estimator.observe(x.detach())
+
+    def restore(self, state: State, low: Tensor, high: Tensor) -> None:
+        """Take up a state and a range that were kept aside; an estimation under way is forgotten."""
+        self._estimator = None
+        with torch.no_grad():
+            self.min.copy_(low)
+            self.max.copy_(high)
+        self.state = state
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Use this range from now on: fixed, or learning where the spec says so."""
+        with torch.no_grad():
+            self.min.copy_(low.expand_as(self.min))
+            self.max.copy_(high.expand_as(self.max))
+        self.state = State.LEARNING if self.spec.learn else State.FIXED
+
+    # ---- the range in use ----
+
+    def affine_params(self) -> AffineParams:
+        """Scale and zero point of the present range; computed again only when the range has changed."""
+        if self._state is State.LEARNING and torch.is_grad_enabled():
+            return affine_params(self.min, self.max, self.spec)
+        if torch.compiler.is_compiling():
+            return affine_params(self.min.detach(), self.max.detach(), self.spec)
+        key = (fingerprint(self.min), fingerprint(self.max))
+        if self._frozen is None or self._frozen[0] != key:
+            with torch.no_grad():
+                self._frozen = (key, affine_params(self.min.detach(), self.max.detach(), self.spec))
+        return self._frozen[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._state is State.OFF:
+            return x
+        if self._state is State.ESTIMATING:
+            self.observe(x)
+            return x
+        return fake_quantize(x, self.affine_params())
+
+    # ---- nn.Module's plumbing ----
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.state = State(int(self.state_code.item()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_frozen": None}  # a copy works out its own
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, {self._state.name.lower()}"
+
+
+class WeightQuantizer(FakeQuantizer):
+    """A fake quantizer that quantizes a frozen parameter once, not at every forward.
+
+    The quantized copy is used while parameter and range keep their :func:`fingerprint` and no gradient is asked for.
+    A computed weight (``torch.nn.utils.parametrize``) is not a parameter and is quantized each time.
+    """
+
+    _quantized: tuple[object, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = torch.is_grad_enabled() and (x.requires_grad or self.min.requires_grad)
+        if not self.calibrated or training or not isinstance(x, nn.Parameter) or torch.compiler.is_compiling():
+            self._quantized = None
+            return super().forward(x)
+        key = (fingerprint(x), fingerprint(self.min), fingerprint(self.max))
+        if self._quantized is None or self._quantized[0] != key:
+            self._quantized = (key, super().forward(x).detach())
+        return self._quantized[1]
+
+    def train(self, mode: bool = True) -> WeightQuantizer:
+        self._quantized = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_quantized": None}
+
+
+class MaskedScoreQuantizer(FakeQuantizer):
+    """The quantizer of a mask's sum: it refuses to spread its grid over a mask that was never clamped."""
+
+    def check_range(self, low: Tensor, high: Tensor) -> None:
+        if low.min().item() < MASK_FLOOR:
+            raise CalibrationError(
+                f"{self.name}: the sum of scores and attention mask calibrated down to {low.min().item():.4g}, below {MASK_FLOOR:g}: "
+                "a grid over that range would round every score to 0. Set QuantConfig.mask_clamp (-6 by default), or leave "
+                "this edge unquantized with Rule(op='mask_add', role='activation', enabled=False)"
+            )
+        super().check_range(low, high)
+
+
+def fingerprint(x: Tensor, samples: int = 1024) -> tuple[object, ...]:
+    """A cheap key that changes when ``x`` does.
+
+    Its storage and version counter, which every write that autograd can see moves, and the sum of up to ``samples``
+    evenly spaced values, for writes through ``.data``, which autograd cannot see.
+    """
+    if x.numel() == 1:
+        return (x.item(),)
+    flat = x.detach().reshape(-1)
+    version = None if x.is_inference() else x._version
+    return x.data_ptr(), version, flat[:: max(1, len(flat) // samples)].sum().item()

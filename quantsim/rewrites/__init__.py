@@ -1,0 +1,1 @@
+"""Mechanism: one graph → graph function a file."""

@@ -1,0 +1,96 @@
+"""Placements → quantizers in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from quantsim.graph.place import Placement
+from quantsim.graph.roles import MASK_ADD, MASK_FILL, WEIGHTS, op_of, resolve
+from quantsim.quantizers.fake_quantizer import FakeQuantizer, MaskedScoreQuantizer, WeightQuantizer
+
+ROOM = "quantizers"
+
+
+def insert_quantizers(graph: fx.GraphModule, placements: Sequence[Placement]) -> fx.GraphModule:
+    """Put a quantizer on every placed edge, as the submodule ``quantizers.<name>``; in place, and returned.
+
+    An embedding's weight with one range is quantized row by row as rows are looked up: the same values, and the work of
+    a batch in place of that of a vocabulary.
+    """
+    quantizers: dict[str, FakeQuantizer] = {}
+    rows: dict[fx.Node, fx.Node] = {}  # an embedding → its quantized rows
+    placed = [p for p in placements if p.spec is not None]
+    for p in sorted(placed, key=lambda p: p.role != "weight"):
+        if p.name not in quantizers:
+            quantizers[p.name] = _make(p)
+            graph.add_submodule(f"{ROOM}.{p.name}", quantizers[p.name])
+        if p.role == "weight" and not quantizes_rows(p):
+            weight = _weight(p)
+            with graph.graph.inserting_before(p.node):
+                quantized = _call(graph, p, weight)
+            p.node.update_arg(int(p.edge), quantized)
+            continue
+        source = rows.get(p.node, p.node)
+        with graph.graph.inserting_after(source):
+            quantized = _call(graph, p, source)
+        source.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=quantized: user is not own)  # type: ignore[misc]
+        if p.role == "weight":
+            rows[p.node] = quantized
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def quantizes_rows(p: Placement) -> bool:
+    """The quantizer of this weight sits behind the look-up."""
+    return p.op == "embedding" and p.role == "weight" and p.spec is not None and p.spec.axis is None
+
+
+@torch.no_grad()
+def weights_of(graph: fx.GraphModule) -> Iterator[tuple[WeightQuantizer, Tensor]]:
+    """Every weight quantizer once, with the whole weight that it quantizes, computed where it is computed."""
+    seen: set[str] = set()
+    for node in graph.graph.find_nodes(op="call_module"):
+        quantizer = graph.get_submodule(str(node.target))
+        if not isinstance(quantizer, WeightQuantizer) or node.target in seen:
+            continue
+        seen.add(str(node.target))
+        weight = node.args[0]
+        if op_of(weight, graph) == "embedding":
+            weight = weight.args[WEIGHTS["embedding"].index]
+        yield quantizer, _evaluate(graph, weight)
+
+
+def _evaluate(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The value of a node that depends on parameters alone."""
+    if node.op == "get_attr":
+        return resolve(graph, str(node.target))  # type: ignore[return-value]
+    assert callable(node.target)
+    args = fx.map_arg(node.args, lambda n: _evaluate(graph, n))
+    kwargs = fx.map_arg(node.kwargs, lambda n: _evaluate(graph, n))
+    return node.target(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _weight(p: Placement) -> fx.Node:
+    weight = p.node.args[int(p.edge)]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def _call(graph: fx.GraphModule, p: Placement, x: fx.Node) -> fx.Node:
+    node = graph.graph.call_module(f"{ROOM}.{p.name}", (x,))
+    node.meta = {key: x.meta[key] for key in ("val", "nn_module_stack") if key in x.meta}
+    return node
+
+
+def _make(p: Placement) -> FakeQuantizer:
+    assert p.spec is not None
+    value = (_weight(p) if p.role == "weight" else p.node).meta["val"]
+    channels = None if p.spec.axis is None else value.shape[p.spec.axis]
+    if p.role == "weight":
+        return WeightQuantizer(p.spec, p.name, channels)
+    kind = MaskedScoreQuantizer if p.attention in (MASK_ADD, MASK_FILL) else FakeQuantizer
+    return kind(p.spec, p.name, channels)

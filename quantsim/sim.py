@@ -1,0 +1,204 @@
+"""QuantSim: the one object a user holds. Each method is a stage of the flow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantsim.config import ConfigError, QuantConfig
+from quantsim.formats.aimet_config import is_aimet_config, read_aimet_config
+from quantsim.formats.checkpoint import load_checkpoint, save_checkpoint
+from quantsim.graph.forward import GraphForward, run_on_graph
+from quantsim.graph.place import Placement, place
+from quantsim.graph.trace import trace
+from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State, WeightQuantizer
+from quantsim.report.coverage import coverage_table, summary
+from quantsim.rewrites.clamp_mask import clamp_mask
+from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers, weights_of
+
+Batch = Mapping[str, Tensor]
+Data = Iterable[Batch] | Callable[..., Any]
+
+
+class QuantSim:
+    """A simulation of a quantized model.
+
+    Args:
+        model: a ``transformers`` encoder, with or without a head. It is copied and stays as it is, unless ``in_place``.
+        config: a :class:`QuantConfig`, the name of a preset, or the path of a JSON file (ours or AIMET's).
+        example_inputs: a batch by keyword to trace with; made from the model's config by default.
+        in_place: quantize this very model.
+
+    Attributes:
+        model: the quantized model: an instance of the same class that takes and gives what it did, ``labels`` and
+            ``loss`` included.
+        graph: what its forward runs.
+        placements: every edge that computes, with its quantizer or the reason why it has none.
+
+    Raises:
+        ConfigError: the config means nothing, or one of its rules matches nothing in this model.
+        TraceError: the model cannot be traced exactly.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> config = BertConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    >>> sim = QuantSim(BertForSequenceClassification(config).eval())
+    >>> sim.compute_encodings([{"input_ids": torch.randint(0, 99, (4, 10))}])
+    >>> sim.model(input_ids=torch.randint(0, 99, (2, 7))).logits.shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: QuantConfig | str | Path | None = None,
+        example_inputs: Batch | None = None,
+        *,
+        in_place: bool = False,
+    ) -> None:
+        if isinstance(model.__dict__.get("forward"), GraphForward):
+            raise ValueError(f"{type(model).__name__} is a simulation already; give QuantSim the model that it was made from")
+        self.config = resolve_config(config)
+        self.model = model if in_place else copy.deepcopy(model)
+        self.graph = trace(self.model, example_inputs)
+        if self.config.mask_clamp is not None:
+            clamp_mask(self.graph, self.config.mask_clamp)
+        self.placements: list[Placement] = place(self.graph, self.config)
+        insert_quantizers(self.graph, self.placements)
+        run_on_graph(self.model, self.graph)
+
+    # ---- quantizers ----
+
+    @property
+    def quantizers(self) -> dict[str, FakeQuantizer]:
+        """Every quantizer by its placement's name, in the order of the graph."""
+        found = {q.name: q for q in self.model.get_submodule(ROOM).modules() if isinstance(q, FakeQuantizer)} if self._has_quantizers else {}
+        return {p.name: found[p.name] for p in self.placements if p.spec}
+
+    @property
+    def _has_quantizers(self) -> bool:
+        return any(p.spec for p in self.placements)
+
+    @contextmanager
+    def quantizers_off(self) -> Iterator[None]:
+        """Run in floating point inside the ``with`` block (a clamped mask stays clamped)."""
+        states = {q: q.state for q in self.quantizers.values()}
+        try:
+            for quantizer in states:
+                quantizer.state = State.OFF
+            yield
+        finally:
+            for quantizer, state in states.items():
+                quantizer.state = state
+
+    def freeze_ranges(self) -> None:
+        """Stop range learning: every calibrated quantizer keeps its present range."""
+        for quantizer in self.quantizers.values():
+            if quantizer.calibrated:
+                quantizer.state = State.FIXED
+
+    def range_parameters(self) -> list[nn.Parameter]:
+        """The ranges that are being learned, for an optimizer group of their own."""
+        return [p for q in self.quantizers.values() if q.state is State.LEARNING for p in (q.min, q.max)]
+
+    # ---- calibrate ----
+
+    @torch.no_grad()
+    def compute_encodings(self, data: Data, *args: Any) -> None:
+        """Calibrate: find a range for every quantizer. Weights need no data; activations see ``data`` with weights quantized.
+
+        Args:
+            data: an iterable of batches by keyword (a list, a ``DataLoader``), labels allowed and ignored; or a callable
+                that is given the model (AIMET's form), and ``args`` after it.
+
+        Raises:
+            CalibrationError: no data, an empty batch, values that are not finite, or an attention mask that was never
+                clamped. The ranges are then what they were before.
+        """
+        quantizers = self.quantizers
+        before = {q: (q.state, q.min.detach().clone(), q.max.detach().clone()) for q in quantizers.values()}
+        training = self.model.training
+        try:
+            self.model.eval()
+            for weight_quantizer, weight in weights_of(self.graph):
+                weight_quantizer.state = State.ESTIMATING
+                weight_quantizer.observe(weight)
+                weight_quantizer.finish_estimating()
+            activations = [q for q in quantizers.values() if not isinstance(q, WeightQuantizer)]
+            for quantizer in activations:
+                quantizer.state = State.ESTIMATING
+            data(self.model, *args) if callable(data) else self._run(data)
+            for quantizer in activations:
+                quantizer.finish_estimating()
+        except BaseException:
+            for quantizer, (state, low, high) in before.items():
+                quantizer.restore(state, low, high)
+            raise
+        finally:
+            self.model.train(training)
+
+    def _run(self, batches: Iterable[Batch]) -> None:
+        device = next(self.model.parameters()).device
+        inputs = self.model.forward.inputs
+        count = 0
+        for count, batch in enumerate(batches, 1):
+            if not isinstance(batch, Mapping):
+                raise CalibrationError(f"batch {count - 1} is a {type(batch).__name__}; expected inputs by keyword, as a tokenizer gives them")
+            taken = {name: x.to(device) for name, x in batch.items() if name in inputs}
+            if any(x.numel() == 0 for x in taken.values()):
+                shapes = {name: list(x.shape) for name, x in taken.items()}
+                raise CalibrationError(f"batch {count - 1} is empty: {shapes}")
+            self.model(**taken)
+        if not count:
+            raise CalibrationError("no batches to calibrate with; a DataLoader or generator that was used up before gives none")
+
+    # ---- save and load ----
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights and ranges (``model.safetensors``), the model's ``config.json`` and ``quantsim.json``.
+
+        Weights that are computed (``torch.nn.utils.parametrize``) are written as their values.
+        """
+        save_checkpoint(folder, self.model, self.config, self.quantizers)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> QuantSim:
+        """Read what :meth:`save_pretrained` wrote; nothing that is read is executed.
+
+        Args:
+            folder: the checkpoint's folder.
+            model: an instance of the model's class, for classes that ``transformers`` does not have; its weights are replaced.
+
+        Raises:
+            CheckpointError: a file that is missing, broken, changed, or not what this model needs.
+        """
+        checkpoint = load_checkpoint(folder, model)
+        sim = cls(checkpoint.model, checkpoint.config, in_place=True)
+        checkpoint.load_ranges(sim.quantizers)
+        return sim
+
+    def __repr__(self) -> str:
+        return f"QuantSim({type(self.model).__name__}, {self.config.name}: {summary(self.placements)})"
+
+    def __str__(self) -> str:
+        return coverage_table(self.graph, self.placements, self.quantizers)
+
+
+def resolve_config(config: QuantConfig | str | Path | None) -> QuantConfig:
+    """A config from itself, a preset's name, or the path of a JSON file in our form or in AIMET's."""
+    if config is None:
+        return QuantConfig.preset("aimet")
+    if isinstance(config, QuantConfig):
+        return config
+    if str(config).endswith(".json") or Path(config).exists():
+        return read_aimet_config(config) if is_aimet_config(config) else QuantConfig.from_json(config)
+    if isinstance(config, Path):
+        raise ConfigError(f"{config}: no such file")
+    return QuantConfig.preset(config)
+
+
