@@ -81,11 +81,11 @@ class QuantSpec:
 
     @property
     def quant_min(self) -> int:
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def quant_max(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1 if self.symmetric else self.bits)) - 1
 
     def __str__(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
@@ -184,9 +184,13 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         if self.activations is not None and self.activations.axis is not None:
-            raise ConfigError("QuantConfig.activations.axis: activations are quantized per tensor by default; use a rule for one edge's axis")
+            raise ConfigError(
+                "QuantConfig.activations.axis: activations are quantized per tensor by default; use a rule for one edge's axis"
+            )
         if self.mask_clamp is not None and not -1e4 < self.mask_clamp < 0:
-            raise ConfigError(f"QuantConfig.mask_clamp: {self.mask_clamp!r}; expected a number in (-10000, 0), or null to keep the model's mask")
+            raise ConfigError(
+                f"QuantConfig.mask_clamp: {self.mask_clamp!r}; expected a number in (-10000, 0), or null to keep the model's mask"
+            )
         groups = tuple(tuple(group) for group in self.supergroups)
         for group in groups:
             if len(group) < 2:

@@ -77,7 +77,9 @@ class QuantSim:
     @property
     def quantizers(self) -> dict[str, FakeQuantizer]:
         """Every quantizer by its placement's name, in the order of the graph."""
-        found = {q.name: q for q in self.model.get_submodule(ROOM).modules() if isinstance(q, FakeQuantizer)} if self._has_quantizers else {}
+        found = (
+            {q.name: q for q in self.model.get_submodule(ROOM).modules() if isinstance(q, FakeQuantizer)} if self._has_quantizers else {}
+        )
         return {p.name: found[p.name] for p in self.placements if p.spec}
 
     @property
@@ -144,11 +146,13 @@ class QuantSim:
 
     def _run(self, batches: Iterable[Batch]) -> None:
         device = next(self.model.parameters()).device
-        inputs = self.model.forward.inputs
+        inputs = [str(node.target) for node in self.graph.graph.find_nodes(op="placeholder")]
         count = 0
         for count, batch in enumerate(batches, 1):
             if not isinstance(batch, Mapping):
-                raise CalibrationError(f"batch {count - 1} is a {type(batch).__name__}; expected inputs by keyword, as a tokenizer gives them")
+                raise CalibrationError(
+                    f"batch {count - 1} is a {type(batch).__name__}; expected inputs by keyword, as a tokenizer gives them"
+                )
             taken = {name: x.to(device) for name, x in batch.items() if name in inputs}
             if any(x.numel() == 0 for x in taken.values()):
                 shapes = {name: list(x.shape) for name, x in taken.items()}
@@ -200,5 +204,3 @@ def resolve_config(config: QuantConfig | str | Path | None) -> QuantConfig:
     if isinstance(config, Path):
         raise ConfigError(f"{config}: no such file")
     return QuantConfig.preset(config)
-
-

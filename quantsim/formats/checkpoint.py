@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -55,7 +54,9 @@ class Checkpoint:
         for name, quantizer in quantizers.items():
             saved = self.quantizers[name]
             if saved["spec"] != asdict(quantizer.spec):
-                raise CheckpointError(f"{self.path / SIM}: quantizers.{name}.spec is {saved['spec']}; this model and config give {asdict(quantizer.spec)}")
+                raise CheckpointError(
+                    f"{self.path / SIM}: quantizers.{name}.spec is {saved['spec']}; this model and config give {asdict(quantizer.spec)}"
+                )
             ends = []
             for end in ("min", "max"):
                 key = f"{RANGES}{name}.{end}"
@@ -82,7 +83,7 @@ def save_checkpoint(folder: str | Path, model: nn.Module, config: QuantConfig, q
     try:
         safetensors.torch.save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
         _write_model_config(model, staging)
-        description = {
+        description: dict[str, Any] = {
             "format": FORMAT,
             "architecture": type(model).__name__,
             "config": config.to_dict(),
@@ -91,10 +92,10 @@ def save_checkpoint(folder: str | Path, model: nn.Module, config: QuantConfig, q
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "sha256": {name: file_sha256(staging / name) for name in (WEIGHTS, MODEL_CONFIG)},
         }
-        description["sha256"][SIM] = _own_sha256(description)
+        description["sha256"] = {**description["sha256"], SIM: _own_sha256(description)}
         (staging / SIM).write_text(json.dumps(description, indent=1) + "\n")
         for name in (WEIGHTS, MODEL_CONFIG, SIM):
-            os.replace(staging / name, folder / name)
+            (staging / name).replace(folder / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -104,7 +105,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     state = {k: v.detach() for k, v in model.state_dict().items() if not k.startswith(RANGES) and ".parametrizations." not in k}
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            for name in module.parametrizations:  # type: ignore[union-attr]
+            for name in module.parametrizations:
                 state[f"{path}.{name}"] = getattr(module, name).detach()
     return state
 
@@ -161,7 +162,9 @@ def load_checkpoint(folder: str | Path, model: nn.Module | None = None) -> Check
     tensors = _read_tensors(folder / WEIGHTS)
     for name in (WEIGHTS, MODEL_CONFIG):
         if (found := file_sha256(folder / name)) != description["sha256"].get(name):
-            raise CheckpointError(f"{folder / name}: sha256 is {found}; {SIM} expects {description['sha256'].get(name)}. The file was changed or damaged")
+            raise CheckpointError(
+                f"{folder / name}: sha256 is {found}; {SIM} expects {description['sha256'].get(name)}. The file was changed or damaged"
+            )
     try:
         config = QuantConfig.from_dict(description["config"])
     except (ConfigError, TypeError) as error:
@@ -174,8 +177,9 @@ def load_checkpoint(folder: str | Path, model: nn.Module | None = None) -> Check
     _same_names(folder / WEIGHTS, "tensors", weights, expected)
     for name, x in weights.items():
         if x.shape != expected[name].shape or x.dtype != expected[name].dtype:
+            want = expected[name]
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {name} is {list(x.shape)} of {x.dtype}; expected {list(expected[name].shape)} of {expected[name].dtype}"
+                f"{folder / WEIGHTS}: {name} is {list(x.shape)} of {x.dtype}; expected {list(want.shape)} of {want.dtype}"
             )
     model.load_state_dict(weights)
     return Checkpoint(folder, model.eval(), config, description["quantizers"], {k: v for k, v in tensors.items() if k.startswith(RANGES)})
@@ -184,14 +188,15 @@ def load_checkpoint(folder: str | Path, model: nn.Module | None = None) -> Check
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / SIM
     try:
-        description = json.loads(path.read_text())
+        description: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; expected a folder written by QuantSim.save_pretrained") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     fields = {"format", "architecture", "config", "quantizers", "tied", "versions", "sha256"}
-    if not isinstance(description, dict) or (missing := fields - set(description)):
-        raise CheckpointError(f"{path}: expected an object with {', '.join(sorted(fields))}; missing {sorted(missing) if isinstance(description, dict) else 'all'}")
+    missing = fields - set(description) if isinstance(description, dict) else fields
+    if missing:
+        raise CheckpointError(f"{path}: expected an object with {', '.join(sorted(fields))}; missing {', '.join(sorted(missing))}")
     if description["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {description['format']!r}; this version reads format {FORMAT}")
     if description["sha256"].get(SIM) != _own_sha256(description):
@@ -203,7 +208,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}). Nothing in it was executed; fetch or write it again") from error
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}). Nothing in it was executed; fetch or write it again"
+        ) from error
     for name, x in tensors.items():
         if x.is_floating_point() and not x.isfinite().all():
             raise CheckpointError(f"{path}: {name} holds {int((~x.isfinite()).sum())} values that are not finite")
@@ -213,12 +220,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _build_model(folder: Path, architecture: str) -> nn.Module:
     cls = getattr(transformers, architecture, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise CheckpointError(f"{folder / SIM}: architecture {architecture!r} is no model class of transformers; pass model= with an instance of it")
+        raise CheckpointError(
+            f"{folder / SIM}: architecture {architecture!r} is no model class of transformers; pass model= with an instance of it"
+        )
     with torch.random.fork_rng(devices=[]):  # initial values are replaced; the caller's random state stays
-        return cls(transformers.AutoConfig.from_pretrained(folder))  # type: ignore[no-any-return]
+        return cls(transformers.AutoConfig.from_pretrained(folder))
 
 
 def _same_names(path: Path, what: str, saved: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
     missing, extra = sorted(set(needed) - set(saved)), sorted(set(saved) - set(needed))
     if missing or extra:
-        raise CheckpointError(f"{path}: {what} do not fit the model; missing {missing[:3] or 'none'} ({len(missing)}), unknown {extra[:3] or 'none'} ({len(extra)})")
+        counts = f"missing {missing[:3] or 'none'} ({len(missing)}), unknown {extra[:3] or 'none'} ({len(extra)})"
+        raise CheckpointError(f"{path}: {what} do not fit the model; {counts}")

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-
 from torch import Tensor, fx, nn
-from transformers.utils import ModelOutput
-from transformers.utils.generic import find_labels
+from transformers.utils.generic import ModelOutput, find_labels
 
 from quantsim.graph.example_inputs import at_least_two_rows
 from quantsim.graph.trace import TraceError, eager_attention, export, returning_dict
@@ -28,7 +26,7 @@ class GraphForward:
         self.model = model
         self.graph = graph
         self.losses: dict[tuple[str, ...], fx.GraphModule] = {}
-        self.labels = tuple(find_labels(type(model)))
+        self.labels = tuple(find_labels(type(model)))  # type: ignore[no-untyped-call]
         self.inputs = tuple(str(node.target) for node in graph.graph.find_nodes(op="placeholder"))
         self.required = tuple(str(node.target) for node in graph.graph.find_nodes(op="placeholder") if not node.args)
         own = inspect.signature(type(model).forward)
@@ -73,7 +71,7 @@ def run_on_graph(model: nn.Module, graph: fx.GraphModule) -> None:
     for name, child in graph.named_children():
         if name not in dict(model.named_children()):
             model.add_module(name, child)
-    model.forward = GraphForward(model, graph)  # type: ignore[assignment]
+    model.forward = GraphForward(model, graph)
 
 
 def trace_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> fx.GraphModule:

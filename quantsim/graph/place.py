@@ -110,7 +110,7 @@ def _inside_supergroups(placements: list[Placement], roles: Roles, config: Quant
                     break
                 chain.append(user)
             if len(chain) == len(group) and roles.op[chain[-1]] == group[-1]:
-                fused |= {inner: f"runs as one with {group[-1]}" for inner in chain[:-1]}
+                fused |= dict.fromkeys(chain[:-1], f"runs as one with {group[-1]}")
     return [replace(p, spec=None, reason=fused[p.node]) if p.edge == "output" and p.node in fused else p for p in placements]
 
 
@@ -139,7 +139,8 @@ def _check_axis(spec: QuantSpec, placement: Placement) -> None:
         weight = placement.node.args[int(placement.edge)]
         assert isinstance(weight, fx.Node)
         value = weight.meta["val"]
-    assert isinstance(value, Tensor) and spec.axis is not None
+    assert isinstance(value, Tensor)
+    assert spec.axis is not None
     if not -value.ndim <= spec.axis < value.ndim:
         raise ConfigError(f"{placement.name}: axis {spec.axis} of a tensor with {value.ndim} axes")
     if not isinstance(value.shape[spec.axis], int):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from quantsim.graph.example_inputs import at_least_two_rows, example_inputs, other_shape
 
@@ -77,7 +77,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
+def eager_attention(model: Any) -> Iterator[None]:
     """Fused attention kernels hide the scores, which have quantizers of their own."""
     if not hasattr(model, "set_attn_implementation"):
         yield
@@ -107,7 +107,7 @@ def returning_dict(model: nn.Module) -> Iterator[None]:
 
 
 def export(model: nn.Module, batch: Mapping[str, Tensor]) -> fx.GraphModule:
-    shapes = {name: {axis: Dim.AUTO for axis in range(x.ndim)} for name, x in batch.items()}
+    shapes = {name: dict.fromkeys(range(x.ndim), Dim.AUTO) for name, x in batch.items()}
     try:
         with _mode(model, training=True):  # in eval mode dropout would leave no trace
             exported = torch.export.export(model, (), kwargs=dict(batch), dynamic_shapes=shapes, strict=False)
@@ -116,7 +116,7 @@ def export(model: nn.Module, batch: Mapping[str, Tensor]) -> fx.GraphModule:
     flat = exported.module(check_guards=False)
     graph = flat.graph
     output = graph.output_node()
-    leaves = list(output.args[0])
+    leaves: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     skeleton = pytree.tree_unflatten(list(range(len(leaves))), exported.call_spec.out_spec)
     with graph.inserting_before(output):
         output.args = (_rebuild(skeleton, leaves, graph),)
@@ -189,7 +189,7 @@ def _make_inputs_optional(graph: fx.GraphModule, model: nn.Module, batch: Mappin
         with graph.graph.inserting_after(last):
             filled = graph.graph.call_function(or_filled, (node, first, fill))
         filled.meta = {"val": node.meta.get("val")}
-        node.replace_all_uses_with(filled, delete_user_cb=lambda user, filled=filled: user is not filled)  # type: ignore[misc]
+        node.replace_all_uses_with(filled, delete_user_cb=lambda user, filled=filled: user is not filled)
         last = filled
 
 
@@ -230,7 +230,9 @@ def _prove(graph: fx.GraphModule, model: nn.Module, batches: list[dict[str, Tens
         shapes = {name: list(x.shape) for name, x in batch.items()}
         expected = _run(model, batch)
         if any(not x.isfinite().all() for x in expected if x.is_floating_point()):
-            raise TraceError(f"{type(model).__name__}: its own output is not finite on inputs {shapes}; check its weights for NaN and infinity")
+            raise TraceError(
+                f"{type(model).__name__}: its own output is not finite on inputs {shapes}; check its weights for NaN and infinity"
+            )
         try:
             actual = _run(graph, batch)
         except Exception as error:

@@ -97,7 +97,7 @@ def dequantize(q: Tensor, params: AffineParams) -> Tensor:
     return (q.to(scale.dtype) - zero_point) * scale
 
 
-def fake_quantize(x: Tensor, params: AffineParams) -> Tensor:
+def fake_quantize(x: Tensor, params: AffineParams, overwrite: bool = False) -> Tensor:
     """``dequantize(quantize(x))`` in floating point, with gradients for ``x``, scale and zero point.
 
     With ``y = x / scale``, ``r = round(y)``, ``low = quant_min - zero_point``, ``high = quant_max - zero_point`` and
@@ -112,16 +112,21 @@ def fake_quantize(x: Tensor, params: AffineParams) -> Tensor:
 
     Computed in at least float32, whatever the autocast dtype; the result has ``x``'s dtype.
 
+    Args:
+        overwrite: where no gradient is asked for, the result may take ``x``'s memory. Fresh memory costs more than the
+            arithmetic: of the four passes over a tensor, the one that writes to new pages takes longer than the other three.
+
     >>> from quantsim.config import QuantSpec
     >>> params = affine_params(torch.tensor(-1.0), torch.tensor(3.0), QuantSpec(bits=2))
     >>> fake_quantize(torch.tensor([-9.0, 0.2, 1.0, 9.0]), params)
     tensor([-1.3333,  0.0000,  1.3333,  2.6667])
     """
     if torch.is_grad_enabled() and (x.requires_grad or params.scale.requires_grad or params.zero_point.requires_grad):
-        return _FakeQuantize.apply(x, params.scale, params.zero_point, params)  # type: ignore[no-any-return]
+        return _FakeQuantize.apply(x, params.scale, params.zero_point, params)  # type: ignore[no-any-return, no-untyped-call]
     low, high = _bounds(params, x.ndim)
     scale = params.broadcast(params.scale, x.ndim)
-    return _clamp_(_divide(x, scale).round_(), low, high).mul_(scale).to(x.dtype)
+    y = x.div_(scale) if overwrite and x.dtype == scale.dtype else _divide(x, scale)
+    return _clamp_(y.round_(), low, high).mul_(scale).to(x.dtype)
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:
@@ -156,13 +161,13 @@ class _FakeQuantize(torch.autograd.Function):
         low, high = _bounds(params, x.ndim)
         wide = params.broadcast(scale, x.ndim)
         y = _divide(x, wide)
-        ctx.save_for_backward(y, scale, wide)
+        ctx.save_for_backward(y, scale)
         ctx.bounds, ctx.axis, ctx.dtype = (low, high), params.axis, x.dtype
         return _clamp_(y.round(), low, high).mul_(wide).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
-        y, scale, wide = ctx.saved_tensors
+        y, scale = ctx.saved_tensors
         low, high = ctx.bounds
         g = g.to(y.dtype)
         r = y.round()

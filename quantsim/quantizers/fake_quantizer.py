@@ -43,8 +43,12 @@ class FakeQuantizer(nn.Module):
         spec: bits, symmetry, axis, estimator.
         name: the placement's name, for messages.
         channels: the number of ranges, where the spec has an axis.
+
+    Attributes:
+        overwrites: nobody else reads the tensor that comes in, so without gradients its memory is used for the result.
     """
 
+    overwrites = False
     min: nn.Parameter
     max: nn.Parameter
     state_code: Tensor
@@ -52,7 +56,9 @@ class FakeQuantizer(nn.Module):
     def __init__(self, spec: QuantSpec, name: str = "", channels: int | None = None) -> None:
         super().__init__()
         if (spec.axis is None) != (channels is None):
-            raise ValueError(f"{name or 'FakeQuantizer'}: axis {spec.axis} needs {'no' if spec.axis is None else 'a'} channel count, got {channels}")
+            raise ValueError(
+                f"{name or 'FakeQuantizer'}: axis {spec.axis} needs {'no' if spec.axis is None else 'a'} channel count, got {channels}"
+            )
         self.spec = spec
         self.name = name
         shape = () if channels is None else (channels,)
@@ -149,7 +155,7 @@ class FakeQuantizer(nn.Module):
         if self._state is State.ESTIMATING:
             self.observe(x)
             return x
-        return fake_quantize(x, self.affine_params())
+        return fake_quantize(x, self.affine_params(), self.overwrites)
 
     # ---- nn.Module's plumbing ----
 

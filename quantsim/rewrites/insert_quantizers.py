@@ -37,6 +37,7 @@ def insert_quantizers(graph: fx.GraphModule, placements: Sequence[Placement]) ->
         with graph.graph.inserting_after(source):
             quantized = _call(graph, p, source)
         source.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=quantized: user is not own)  # type: ignore[misc]
+        quantizers[p.name].overwrites = _is_fresh(p.node)
         if p.role == "weight":
             rows[p.node] = quantized
     graph.graph.lint()
@@ -78,6 +79,11 @@ def _weight(p: Placement) -> fx.Node:
     weight = p.node.args[int(p.edge)]
     assert isinstance(weight, fx.Node)
     return weight
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """The node computes a new tensor: no input, and no op that writes to one."""
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
 
 
 def _call(graph: fx.GraphModule, p: Placement, x: fx.Node) -> fx.Node:
