@@ -65,6 +65,8 @@ class QuantSim:
             raise ValueError(f"{type(model).__name__} is a simulation already; give QuantSim the model that it was made from")
         self.config = resolve_config(config)
         self.model = model if in_place else copy.deepcopy(model)
+        if example_inputs is not None:  # a training batch will do: labels are not traced
+            example_inputs = {name: x for name, x in example_inputs.items() if "label" not in name and not name.endswith("_positions")}
         self.graph = trace(self.model, example_inputs)
         if self.config.mask_clamp is not None:
             clamp_mask(self.graph, self.config.mask_clamp)

@@ -30,7 +30,8 @@ class GraphForward:
         self.inputs = tuple(str(node.target) for node in graph.graph.find_nodes(op="placeholder"))
         self.required = tuple(str(node.target) for node in graph.graph.find_nodes(op="placeholder") if not node.args)
         own = inspect.signature(type(model).forward)
-        self.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+        named = [p for p in list(own.parameters.values())[1:] if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        self.__signature__ = own.replace(parameters=named)  # **kwargs would ask Trainer for num_items_in_batch, which no graph takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs

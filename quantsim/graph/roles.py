@@ -199,7 +199,7 @@ class Roles:
 
     def _find_names(self) -> dict[fx.Node, str]:
         computing = [n for n in self.nodes if n.op == "call_function" and is_float(n) and not self.keeps_grid(n)]
-        paths = {module_path(n) for n in self.nodes if n.op in ("call_function", "call_module")}
+        paths = {module_path(n).split(".parametrizations")[0] for n in self.nodes if n.op in ("call_function", "call_module")}
         parents = {path.rsplit(".", i)[0] for path in paths for i in range(1, path.count(".") + 1)} | {""}
         calls: dict[tuple[str, str], int] = {}
         for node in computing:

@@ -29,7 +29,7 @@ def trace(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> fx.G
     """Trace a model into a graph that is equal to it, bit for bit.
 
     The graph takes the example's inputs by keyword, with any batch size and sequence length, and returns the model's
-    own output type. It shares the model's parameters: to train the graph is to train the model. Attention is traced
+    own output type. It shares the model's modules: to train the graph is to train the model. Attention is traced
     in its eager form, whichever the model was loaded with; inputs the model can do without may be left out.
 
     Args:
@@ -51,7 +51,10 @@ def trace(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> fx.G
             graph.graph.lint()
             graph.recompile()
             _prove(graph, model, [batch, other_shape(batch)])
-    graph.train(model.training)
+    own = set(model.modules())
+    for module in graph.modules():
+        if module not in own:  # the model's own dropouts are as they were
+            module.training = model.training
     return graph
 
 
@@ -121,7 +124,11 @@ def export(model: nn.Module, batch: Mapping[str, Tensor]) -> fx.GraphModule:
     with graph.inserting_before(output):
         output.args = (_rebuild(skeleton, leaves, graph),)
     graph.set_codegen(fx.graph.CodeGen())  # plain keyword inputs in place of export's pytrees
-    return fx.GraphModule(flat, graph, type(model).__name__)
+    traced = fx.GraphModule(flat, graph, type(model).__name__)
+    for name, child in model.named_children():
+        if name in dict(traced.named_children()):
+            traced.add_module(name, child)  # the model's own modules: what is moved or replaced there, the graph sees
+    return traced
 
 
 def _rebuild(skeleton: Any, leaves: list[Any], graph: fx.Graph) -> Any:
@@ -228,7 +235,10 @@ def _prove(graph: fx.GraphModule, model: nn.Module, batches: list[dict[str, Tens
     graph.eval()
     for batch in batches:
         shapes = {name: list(x.shape) for name, x in batch.items()}
-        expected = _run(model, batch)
+        try:
+            expected = _run(model, batch)
+        except Exception as error:
+            raise TraceError(f"{type(model).__name__}: the model itself fails on inputs {shapes}: {error}") from error
         if any(not x.isfinite().all() for x in expected if x.is_floating_point()):
             raise TraceError(
                 f"{type(model).__name__}: its own output is not finite on inputs {shapes}; check its weights for NaN and infinity"

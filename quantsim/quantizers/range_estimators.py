@@ -97,8 +97,8 @@ class Histogram:
         rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
         rows = rows.float()  # [C, n]
         low, high = (t.reshape(-1) for t in self.extremes.range())
-        if not (low.isfinite().all() and high.isfinite().all()):
-            raise RuntimeError(f"values that are not finite were observed (min {low.min().item()}, max {high.max().item()})")
+        if not self._countable():
+            return
         if self.counts is None:
             self.counts = torch.zeros(len(rows), self.bins, dtype=torch.float64, device=x.device)
             self.low = low.clone()
@@ -107,6 +107,11 @@ class Histogram:
         index = ((rows - self.low[:, None]) / self.width[:, None] * self.bins).long().clamp_(0, self.bins - 1)
         index += torch.arange(len(rows), device=x.device)[:, None] * self.bins
         self.counts += torch.bincount(index.reshape(-1), minlength=self.counts.numel()).reshape(self.counts.shape)
+
+    def _countable(self) -> bool:
+        """No NaN, no infinity, and no unclamped mask was seen; else the range is that of the extremes, for the quantizer to refuse."""
+        low, high = self.extremes.range()
+        return bool(((high - low) * 4).isfinite().all())  # a range that is doubled once too often overflows
 
     def _grow(self, low: Tensor, high: Tensor) -> None:
         """Double the ranges of the rows that miss a value: downwards first, then upwards; two bins become one."""
@@ -141,6 +146,8 @@ class Percentile(Histogram):
 
     def range(self) -> tuple[Tensor, Tensor]:
         seen = self.extremes.range()
+        if not self._countable():
+            return seen
         assert self.counts is not None
         total = self.counts.sum(1, keepdim=True)
         below = self.counts.cumsum(1) / total  # [C, bins], the share of elements up to the end of each bin
@@ -168,6 +175,8 @@ class LeastNoise(Histogram):
         self.clip_weight = clip_weight
 
     def range(self) -> tuple[Tensor, Tensor]:
+        if not self._countable():
+            return self.extremes.range()
         low, high = (t.reshape(-1).clone() for t in self.extremes.range())
         best_low, best_high = low.clone(), high.clone()
         least = torch.full_like(low, torch.inf, dtype=torch.float64)

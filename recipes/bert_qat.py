@@ -1,0 +1,182 @@
+"""Train a W8A8 model by a recipe: fine-tune, calibrate, train quantized, measure what was written, publish.
+
+    python recipes/bert_qat.py --recipe recipes/bert_w8a8/rte.yaml --dataset FOLDER
+
+Every field of the recipe is a flag of its name (``--qat.lr 1e-5``, ``--intermediate.0.epochs 1``, ``--intermediate null``).
+A run that was killed goes on where it was; stages whose settings did not change are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tabulate import tabulate
+from transformers.utils import logging as transformers_logging
+
+from model_zoo.cards import Card
+from model_zoo.publish import publish, write_bundle, write_results
+from quantsim import CalibrationError, CheckpointError, ConfigError, TraceError
+from recipes.base_model import base_state, load_base
+from recipes.data import load_rows, rows_sha256
+from recipes.hub import go_offline
+from recipes.low_rank import low_rank_delta, merged
+from recipes.recipe import Recipe, read_recipe
+from recipes.stages import Run, fine_tune, quantize, train_quantized
+from recipes.tasks import RecipeError, Task, find_task
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; 0, or 2 and a message where a user can set things right."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the only bars are the stages'
+    try:
+        run = prepare(*parse(arguments))
+        card = follow(run)
+    except (RecipeError, CheckpointError, ConfigError, TraceError, CalibrationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n" + table(run))
+    if card is not None:
+        print(f"\nbundle: {card.folder} ({sum(record['size'] for record in card.files.values()) / 1e6:.1f} MB)")
+    return 0
+
+
+def follow(run: Run) -> Card | None:
+    """Every stage in turn; the card of the bundle that was written, if the stages go so far."""
+    model, key = fine_tune(run)
+    teacher = merged(model)
+    run.measure("fp32", teacher)
+    if run.args.stage == "fp32":
+        write_results(run.folder, results(run))
+        return None
+    base = base_state(run.recipe.base_model, run.task.num_labels)
+    fp32 = low_rank_delta(model, base)
+    sim = quantize(run, model)
+    run.measure("ptq", sim.model)
+    train_quantized(run, sim, teacher, key)
+    card = write_bundle(run.folder / "bundle", fp32, low_rank_delta(sim.model, base), sim, description(run), run.measure)
+    write_results(run.folder, results(run))
+    return publish(card) if run.args.publish else card
+
+
+# ---- data ----
+
+
+def prepare(recipe: Recipe, args: argparse.Namespace) -> Run:
+    """Find the rows; fold ``--fold`` of the training rows takes the place of the validation rows where it is given."""
+    if args.offline:
+        go_offline()
+    task = find_task(recipe.task)
+    if task.span:
+        raise RecipeError(f"task: {task.name} answers with spans; this program trains classifiers and regressions")
+    train_rows, _ = load_rows(task, recipe.dataset, "train")
+    split = task.splits[0]
+    if args.fold is None:
+        eval_rows, _ = load_rows(task, recipe.dataset, split)
+    else:
+        train_rows, eval_rows = in_folds(train_rows, task, args.folds, args.fold)
+        split = f"fold {args.fold} of {args.folds} of train"
+    if args.max_train_rows is not None:
+        train_rows = train_rows.select(range(min(args.max_train_rows, len(train_rows))))
+    if args.max_eval_rows is not None:
+        eval_rows = eval_rows.select(range(min(args.max_eval_rows, len(eval_rows))))
+    _, tokenizer = load_base(recipe.base_model, task.num_labels)
+    return Run(recipe, args, task, train_rows, eval_rows, split, tokenizer, args.output_dir or Path("runs") / recipe.name)
+
+
+def in_folds(rows: Dataset, task: Task, folds: int, fold: int) -> tuple[Dataset, Dataset]:
+    """All other folds, and one. Rows with the same first text stay together: what was learned on a premise cannot be scored on it."""
+    if not 0 <= fold < folds:
+        raise RecipeError(f"--fold {fold}: expected 0 to {folds - 1}, for --folds {folds}")
+    of_row = [int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % folds for text in rows[task.columns[0]]]
+    inside = [i for i, k in enumerate(of_row) if k == fold]
+    outside = [i for i, k in enumerate(of_row) if k != fold]
+    return rows.select(outside), rows.select(inside)
+
+
+# ---- command line ----
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
+    """The recipe with its overrides, and the program's own flags."""
+    lines = __doc__.splitlines()
+    parser = argparse.ArgumentParser("bert_qat.py", description=lines[0], epilog=" ".join(lines[4:]), allow_abbrev=False)
+    parser.add_argument("--recipe", type=Path, required=True, help="a YAML file, as recipes/bert_w8a8/rte.yaml")
+    parser.add_argument("--output_dir", type=Path, help="checkpoints, bundle and results.json; default runs/<the recipe's name>")
+    parser.add_argument(
+        "--stage", choices=("fp32", "qat", "all"), default="all", help="fine-tune only; quantize only what is fine-tuned; both"
+    )
+    parser.add_argument("--folds", type=int, default=5, help="into how many folds --fold cuts the training rows")
+    parser.add_argument("--fold", type=int, help="evaluate on this fold of the training rows and train on the others (to choose settings)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    parser.add_argument("--eval_batch_size", type=int, default=8)
+    parser.add_argument("--max_steps", type=int, help="optimizer steps of each stage, for trials")
+    parser.add_argument("--max_train_rows", type=int, help="of each training set, for trials")
+    parser.add_argument("--max_eval_rows", type=int, help="for trials")
+    parser.add_argument("--save_steps", type=int, help="steps between checkpoints; default once an epoch")
+    parser.add_argument("--offline", action="store_true", help="never ask the Hub")
+    parser.add_argument("--publish", action="store_true", help="copy the bundle to model_zoo/bundles")
+    args, rest = parser.parse_known_args(arguments)
+    partial = [name for name in ("fold", "max_steps", "max_train_rows", "max_eval_rows") if getattr(args, name) is not None]
+    if args.publish and (partial or args.stage == "fp32"):
+        raise RecipeError(f"--publish: a part of a run is not published; leave out --{partial[0] if partial else 'stage fp32'}")
+    return read_recipe(args.recipe, overrides(rest)), args
+
+
+def overrides(rest: Sequence[str]) -> dict[str, str]:
+    """``["--qat.lr", "1e-5", "--seed=7"]`` → ``{"qat.lr": "1e-5", "seed": "7"}``.
+
+    Raises:
+        RecipeError: something that is no flag, or a flag without a value.
+    """
+    found: dict[str, str] = {}
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--"):
+            raise RecipeError(f"{word!r}: expected a flag, as --qat.lr 1e-5")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise RecipeError(f"--{name}: has no value; fields of the recipe take one, as --qat.lr 1e-5")
+        found[name] = value
+    return found
+
+
+# ---- what is written ----
+
+
+def description(run: Run) -> dict[str, Any]:
+    """What the card says beside files and figures."""
+    hashes = [rows_sha256(run.task, rows)[:16] for rows in (run.train_rows, run.eval_rows)]
+    trained = f"{len(run.train_rows)} training rows (sha256 {hashes[0]}…)"
+    measured = f"{len(run.eval_rows)} rows of {run.eval_split} (sha256 {hashes[1]}…)"
+    return {
+        "recipe": run.recipe,
+        "recipe_file": run.args.recipe,
+        "task": run.task,
+        "data": f"{run.task.hub_id}, {run.task.hub_config}: trained on {trained}, measured on {measured}",
+        "metrics": run.metrics,
+    }
+
+
+def results(run: Run) -> dict[str, Any]:
+    """All that was set and all that came out, as plain values."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.args).items()}
+    return {"metrics": run.metrics, "seconds": run.seconds, "recipe": asdict(run.recipe), "flags": flags}
+
+
+def table(run: Run) -> str:
+    names = [name for name in next(iter(run.metrics.values())) if name not in ("rows", "split")]
+    found = [[what, *(values[name] for name in names), values["rows"], values["split"]] for what, values in run.metrics.items()]
+    return tabulate(found, [f"{run.recipe.name}", *names, "rows", "split"], floatfmt=".2f")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

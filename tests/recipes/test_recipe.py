@@ -1,0 +1,114 @@
+"""Recipe files: every shipped one is read, every mistake names its field, every field can be overridden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from quantsim import QuantConfig
+from recipes.bert_qat import overrides, parse
+from recipes.recipe import Recipe, build, read_recipe
+from recipes.tasks import RecipeError
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "base_model": "base",
+    "task": "rte",
+    "intermediate": [{"task": "mnli", "lr": 1e-3, "epochs": 1, "batch": 4, "label_map": {0: 0, 1: 1, 2: 1}}],
+    "finetune": {"lr": 1e-3, "epochs": 1, "batch": 4},
+    "qat": {"lr": 1e-4, "epochs": 1, "batch": 4},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_read(path: Path) -> None:
+    recipe = read_recipe(path)
+    assert recipe.name == f"{path.parent.name}_{path.stem}"
+    assert recipe.quantization.config().name
+
+
+def test_defaults(file: Path) -> None:
+    recipe = read_recipe(file)
+    assert (recipe.method, recipe.rank, recipe.max_length) == ("low_rank", 16, 128)
+    assert (recipe.qat.weight_decay, recipe.qat.hidden_dropout, recipe.qat.mixed_precision) == (0.0, 0.0, "no")
+    assert recipe.quantization.config() == QuantConfig.preset("aimet")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("qat.lrr", "1", r"qat\.lrr: no such field; nearest: qat\.lr\b"),
+        ("finetunee", "1", "finetunee: no such field; nearest: finetune"),
+        ("intermediate.0.epoch", "1", r"intermediate\.0\.epoch: no such field; nearest: intermediate\.0\.epochs"),
+        ("intermediate.1.lr", "1", "intermediate has the places 0 to 0, not '1'"),
+        ("seed.x", "1", "seed is .* and has no fields|seed: "),
+        ("finetune.epochs", "1.5", r"finetune\.epochs: 1\.5; expected a value of type int"),
+        ("finetune.epochs", "true", r"finetune\.epochs: True; expected a value of type int"),
+        ("finetune.lr", "fast", r"finetune\.lr: 'fast'; expected a value of type float"),
+        ("finetune.lr", "0", r"finetune\.lr: 0\.0; expected a number above 0"),
+        ("finetune.warmup_ratio", "2", r"finetune\.warmup_ratio: 2\.0; expected a number from 0 to 1"),
+        ("finetune.mixed_precision", "fp8", r"finetune\.mixed_precision: 'fp8'; expected one of bf16, no"),
+        ("qat.accumulate", "3", r"qat\.accumulate: 3; expected a divisor of batch, which is 4"),
+        ("qat.distillation.temperature", "-1", r"qat\.distillation\.temperature: -1\.0"),
+        ("finetune", "null", "finetune: None; expected the fields lr, "),
+        ("intermediate", "mnli", "intermediate: 'mnli'; expected a list"),
+        ("quantization.calibration.estimator", "max", r"quantization\.calibration\.estimator: 'max'; expected one of min_max"),
+    ],
+)
+def test_mistakes_name_their_field(file: Path, name: str, value: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(file, {name: value})
+
+
+def test_missing_fields_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"qat\.batch: missing"):
+        build(Recipe, {**SMALL, "qat": {"lr": 1, "epochs": 1}})
+    with pytest.raises(RecipeError, match=r"absent\.yaml: not readable as YAML"):
+        read_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(RecipeError, match="expected the fields name, base_model"):
+        read_recipe(tmp_path / "empty.yaml", {"seed": "1"})
+
+
+def test_flags_override_fields(file: Path) -> None:
+    flags = "--qat.lr 1e-5 --seed=7 --dataset folder --intermediate.0.epochs 2 --qat.distillation.weight .25 --method full"
+    recipe, args = parse(["--recipe", str(file), *flags.split(), "--fold", "2", "--max_steps", "5"])
+    assert (recipe.qat.lr, recipe.seed, recipe.dataset, recipe.intermediate[0].epochs, recipe.method) == (1e-5, 7, "folder", 2, "full")
+    assert recipe.qat.distillation is not None
+    assert recipe.qat.distillation.weight == 0.25
+    assert (args.fold, args.folds, args.max_steps, args.stage, args.device) == (2, 5, 5, "all", "cpu")
+
+
+def test_calibration_sets_the_estimators(file: Path) -> None:
+    flags = {"quantization.calibration.estimator": "mse", "quantization.calibration.weight_estimator": "sqnr", "intermediate": "null"}
+    recipe = read_recipe(file, flags)
+    config = recipe.quantization.config()
+    assert config.activations is not None
+    assert config.weights is not None
+    assert (config.activations.estimator, config.weights.estimator) == ("mse", "sqnr")
+    assert recipe.intermediate == ()
+
+
+@pytest.mark.parametrize(
+    "words", [["qat.lr", "1"], ["--qat.lr"], ["--qat.lr", "--seed", "1"]], ids=["no flag", "no value", "a flag for a value"]
+)
+def test_flags_without_sense_are_refused(words: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"as --qat\.lr 1e-5"):
+        overrides(words)
+
+
+@pytest.mark.parametrize("partial", [["--fold", "0"], ["--max_steps", "1"], ["--stage", "fp32"]], ids=" ".join)
+def test_a_part_of_a_run_is_not_published(file: Path, partial: list[str]) -> None:
+    with pytest.raises(RecipeError, match=f"leave out {partial[0]}"):
+        parse(["--recipe", str(file), "--publish", *partial])

@@ -1,0 +1,65 @@
+"""Imports run downwards only: sim → report, rewrites, formats → graph, quantizers → numerics → config."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import quantsim
+
+PACKAGE = Path(quantsim.__file__).parent
+LEVELS = {
+    "config": 0,
+    "numerics": 1,
+    "graph": 2,
+    "quantizers": 2,
+    "rewrites": 3,
+    "formats": 3,
+    "report": 3,
+    "sim": 4,
+    "__init__": 5,
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Every ``quantsim.…`` module that the file names in an import, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides its room"
+            yield node.module or ""
+
+
+def rooms_used(path: Path) -> set[str]:
+    modules = (name.split(".") for name in imported_modules(path))
+    return {parts[1] if len(parts) > 1 else "__init__" for parts in modules if parts[0] == "quantsim"}
+
+
+def test_every_room_has_a_level() -> None:
+    assert {room_of(path.relative_to(PACKAGE).parts) for path in FILES} == set(LEVELS)
+
+
+def test_the_parser_sees_imports() -> None:
+    assert {"config", "graph", "quantizers", "rewrites", "formats", "report"} <= rooms_used(PACKAGE / "sim.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_from_below_alone(path: Path) -> None:
+    room = room_of(path.relative_to(PACKAGE).parts)
+    upwards = {other for other in rooms_used(path) if other != room and LEVELS[other] >= LEVELS[room]}
+    assert not upwards, f"{room} imports {upwards}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_library_does_not_import_its_programs(path: Path) -> None:
+    tops = {name.split(".")[0] for name in imported_modules(path)}
+    assert not tops & {"recipes", "model_zoo", "benchmarks", "tests"}
