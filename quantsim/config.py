@@ -29,7 +29,17 @@ def near(name: str, known: Iterable[str], count: int = 3) -> str:
     return ", ".join(close) if close else "none"
 
 
+def _expect(holds: bool, field: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{field}: {value!r}; expected {expected}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_fields(what: str, values: Mapping[str, Any], cls: type) -> None:
+    _expect(isinstance(values, Mapping), what, values, "a JSON object")
     known = [f.name for f in fields(cls)]
     for name in values:
         if name not in known:
@@ -65,19 +75,17 @@ class QuantSpec:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
-            raise ConfigError(f"QuantSpec.bits: {self.bits!r}; expected an integer from {MIN_BITS} to {MAX_BITS}")
-        for name in ("symmetric", "learn"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"QuantSpec.{name}: {getattr(self, name)!r}; expected true or false")
-        if self.axis is not None and (isinstance(self.axis, bool) or not isinstance(self.axis, int)):
-            raise ConfigError(f"QuantSpec.axis: {self.axis!r}; expected an axis number, or null for per tensor")
-        if self.estimator not in get_args(EstimatorName):
-            raise ConfigError(f"QuantSpec.estimator: {self.estimator!r}; expected one of {', '.join(get_args(EstimatorName))}")
-        if not 50.0 < self.percentile <= 100.0:
-            raise ConfigError(f"QuantSpec.percentile: {self.percentile!r}; expected a number in (50, 100]")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ConfigError(f"QuantSpec.momentum: {self.momentum!r}; expected a number in [0, 1)")
+        whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
+        _expect(whole and MIN_BITS <= self.bits <= MAX_BITS, "QuantSpec.bits", self.bits, f"an integer from {MIN_BITS} to {MAX_BITS}")
+        _expect(isinstance(self.symmetric, bool), "QuantSpec.symmetric", self.symmetric, "true or false")
+        _expect(isinstance(self.learn, bool), "QuantSpec.learn", self.learn, "true or false")
+        is_axis = self.axis is None or (isinstance(self.axis, int) and not isinstance(self.axis, bool))
+        _expect(is_axis, "QuantSpec.axis", self.axis, "an axis number, or null for per tensor")
+        names = get_args(EstimatorName)
+        _expect(self.estimator in names, "QuantSpec.estimator", self.estimator, f"one of {', '.join(names)}")
+        in_range = _is_number(self.percentile) and 50.0 < self.percentile <= 100.0
+        _expect(in_range, "QuantSpec.percentile", self.percentile, "a number in (50, 100]")
+        _expect(_is_number(self.momentum) and 0.0 <= self.momentum < 1.0, "QuantSpec.momentum", self.momentum, "a number in [0, 1)")
 
     @property
     def quant_min(self) -> int:
@@ -126,12 +134,14 @@ class Rule:
     def __post_init__(self) -> None:
         if self.op is None and self.module is None and self.role is None:
             raise ConfigError("Rule: names no op, no module and no role; give at least one (change the defaults to change everything)")
-        if self.role is not None and self.role not in get_args(Role):
-            raise ConfigError(f"Rule.role: {self.role!r}; expected one of {', '.join(get_args(Role))}")
-        if self.enabled is not None and not isinstance(self.enabled, bool):
-            raise ConfigError(f"Rule.enabled: {self.enabled!r}; expected true, false or null")
-        if not isinstance(self.optional, bool):
-            raise ConfigError(f"Rule.optional: {self.optional!r}; expected true or false")
+        for name in ("op", "module"):
+            value = getattr(self, name)
+            _expect(value is None or isinstance(value, str), f"Rule.{name}", value, "a pattern, or null for any")
+        _expect(self.role in (None, *get_args(Role)), "Rule.role", self.role, f"one of {', '.join(get_args(Role))}")
+        _expect(self.enabled is None or isinstance(self.enabled, bool), "Rule.enabled", self.enabled, "true, false or null")
+        _expect(isinstance(self.optional, bool), "Rule.optional", self.optional, "true or false")
+        _expect(isinstance(self.reason, str), "Rule.reason", self.reason, "text")
+        _expect(isinstance(self.set, (Mapping, tuple)), "Rule.set", self.set, "an object with fields of QuantSpec")
         changes = dict(self.set)
         _check_fields("Rule.set", changes, QuantSpec)
         QuantSpec(**changes)
@@ -183,18 +193,24 @@ class QuantConfig:
     name: str = "custom"
 
     def __post_init__(self) -> None:
+        for name in ("weights", "activations"):
+            spec = getattr(self, name)
+            _expect(spec is None or isinstance(spec, QuantSpec), f"QuantConfig.{name}", spec, "a QuantSpec, or null for none")
         if self.activations is not None and self.activations.axis is not None:
             raise ConfigError(
                 "QuantConfig.activations.axis: activations are quantized per tensor by default; use a rule for one edge's axis"
             )
-        if self.mask_clamp is not None and not -1e4 < self.mask_clamp < 0:
-            raise ConfigError(
-                f"QuantConfig.mask_clamp: {self.mask_clamp!r}; expected a number in (-10000, 0), or null to keep the model's mask"
-            )
+        _expect(isinstance(self.inputs, bool), "QuantConfig.inputs", self.inputs, "true or false")
+        negative = self.mask_clamp is None or (_is_number(self.mask_clamp) and -1e4 < self.mask_clamp < 0)
+        _expect(negative, "QuantConfig.mask_clamp", self.mask_clamp, "a number in (-10000, 0), or null to keep the model's mask")
+        _expect(isinstance(self.supergroups, (tuple, list)), "QuantConfig.supergroups", self.supergroups, "a list of lists of ops")
+        for group in self.supergroups:
+            several = isinstance(group, (tuple, list)) and len(group) > 1
+            _expect(several, "QuantConfig.supergroups", group, "at least two ops in each supergroup")
         groups = tuple(tuple(group) for group in self.supergroups)
-        for group in groups:
-            if len(group) < 2:
-                raise ConfigError(f"QuantConfig.supergroups: {list(group)!r}; a supergroup has at least two ops")
+        are_rules = isinstance(self.rules, (tuple, list)) and all(isinstance(rule, Rule) for rule in self.rules)
+        _expect(are_rules, "QuantConfig.rules", self.rules, "a list of rules")
+        _expect(isinstance(self.name, str), "QuantConfig.name", self.name, "text")
         object.__setattr__(self, "supergroups", groups)
         object.__setattr__(self, "rules", tuple(self.rules))
 
@@ -215,14 +231,14 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"QuantConfig: expected a JSON object, got {type(values).__name__}")
         _check_fields("QuantConfig", values, cls)
         known = dict(values)
         for name in ("weights", "activations"):
             if known.get(name) is not None:
                 known[name] = QuantSpec.from_dict(known[name])
-        known["rules"] = tuple(Rule.from_dict(rule) for rule in known.get("rules", ()))
+        rules = known.get("rules", ())
+        _expect(isinstance(rules, (list, tuple)), "QuantConfig.rules", rules, "a list of rules")
+        known["rules"] = tuple(Rule.from_dict(rule) for rule in rules)
         return cls(**known)
 
     @classmethod

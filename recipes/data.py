@@ -101,11 +101,11 @@ def _from_dataset(task: Task, dataset: str, split: str) -> tuple[Dataset, DataSo
 
 
 def _from_hub_or_sample(task: Task, split: str) -> tuple[Dataset, DataSource]:
-    if hub_reachable():
-        return _from_dataset(task, task.hub_id, split)
     try:
-        return _from_dataset(task, task.hub_id, split)  # a copy that an earlier run left in the cache
+        return _from_dataset(task, task.hub_id, split)  # without a Hub: a copy that an earlier run left in the cache
     except DataError:
+        if hub_reachable() or split not in task.splits:  # a sample is there to be evaluated, not to be trained on
+            raise
         return load_sample(task)
 
 

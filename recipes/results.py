@@ -49,10 +49,12 @@ def table(task: Task, results: Sequence[SplitResult]) -> str:
     """A row a split and metric. Metrics in percent, differences in points."""
     rows = []
     for result in results:
-        for i, name in enumerate(task.metrics):
+        counts = (_agreement(task, result), result.fp32.rows, f"{result.fp32.seconds:.1f}", f"{result.w8a8.seconds:.1f}")
+        for name in task.metrics:
+            first = name == task.metric  # what holds for the split is said once
             before, after = result.fp32.metrics[name], result.w8a8.metrics[name]
-            shared = (_agreement(task, result), result.fp32.rows, f"{result.fp32.seconds:.1f}", f"{result.w8a8.seconds:.1f}")
-            rows.append((result.source.label if i == 0 else "", name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}", *(shared if i == 0 else ("",) * 4)))
+            figures = (name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}")
+            rows.append((result.source.label if first else "", *figures, *(counts if first else [""] * len(counts))))
     return tabulate(rows, headers=HEADERS, tablefmt="github", colalign=RIGHT, disable_numparse=True)
 
 

@@ -79,6 +79,11 @@ def test_without_a_hub_the_sample_and_a_warning(no_hub: None, capsys: pytest.Cap
     assert "NOT GLUE" in warning
 
 
+def test_the_sample_is_not_trained_on(no_hub: None) -> None:
+    with pytest.raises(DataError, match=r"nyu-mll/glue: cannot load"):
+        load_rows(TASKS["rte"], split="train")
+
+
 def test_no_sample_of_this_task(no_hub: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(data, "SAMPLES", tmp_path)
     with pytest.raises(DataError, match=r"cola: the Hub cannot be reached .* --dataset"):
