@@ -63,6 +63,7 @@ def write_delta(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as staging:
         file = Path(staging) / path.name
         safetensors.torch.save_file(plain, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # the library makes it its owner's alone
         file.replace(path)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from recipes.metrics import Array, best_spans, check_finite, predictions_of, score, score_answers
 from recipes.tasks import RecipeError, Task

@@ -134,13 +134,13 @@ def ids(case: Any) -> str:
     return repr(case)
 
 
-@pytest.mark.parametrize("field, value", BAD_SPECS, ids=ids)
+@pytest.mark.parametrize(("field", "value"), BAD_SPECS, ids=ids)
 def test_a_bad_spec_names_its_field(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"QuantSpec\.{field}"):
         QuantSpec(**{field: value})
 
 
-@pytest.mark.parametrize("field, value", BAD_RULES, ids=ids)
+@pytest.mark.parametrize(("field", "value"), BAD_RULES, ids=ids)
 def test_a_bad_rule_names_its_field(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"Rule\.{field}|QuantSpec\.bits"):
         Rule(**({"op": "add"} | {field: value}))
@@ -151,14 +151,14 @@ def test_a_rule_without_a_condition_is_refused() -> None:
         Rule(enabled=False)
 
 
-@pytest.mark.parametrize("field, value", BAD_CONFIGS, ids=ids)
+@pytest.mark.parametrize(("field", "value"), BAD_CONFIGS, ids=ids)
 def test_a_bad_config_from_json_names_its_field(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"QuantConfig\.{field}|QuantSpec|Rule"):
         QuantConfig.from_dict({field: value})
 
 
 @pytest.mark.parametrize(
-    "field, value", [("weights", {"bits": 8}), ("activations", 8), ("rules", [{"op": "add"}]), ("inputs", "False")], ids=ids
+    ("field", "value"), [("weights", {"bits": 8}), ("activations", 8), ("rules", [{"op": "add"}]), ("inputs", "False")], ids=ids
 )
 def test_a_bad_config_from_python_names_its_field(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"QuantConfig\.{field}"):
@@ -166,7 +166,7 @@ def test_a_bad_config_from_python_names_its_field(field: str, value: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "values, near",
+    ("values", "near"),
     [({"activation": {}}, "activations"), ({"weights": {"bit": 4}}, "bits"), ({"rules": [{"modul": "x"}]}, "module")],
     ids=["config", "spec", "rule"],
 )

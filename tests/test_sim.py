@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
 
 from quantsim import CalibrationError, QuantConfig, QuantSim, Rule, State
 from tests.tiny import HEADS, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_head, tiny_sim
 
 UNCLAMPED = QuantConfig(mask_clamp=None, rules=(Rule(op="mask_add", enabled=False),), name="unclamped")
-LABELS = torch.tensor([0, 1, 1, 0])
 
 
 def snapshot(sim: QuantSim) -> dict[str, tuple[State, float, float]]:
@@ -25,7 +24,7 @@ def snapshot(sim: QuantSim) -> dict[str, tuple[State, float, float]]:
 # ---- off ----
 
 
-@pytest.mark.parametrize("rows, length", [(4, 10), (1, 1), (3, 21)])
+@pytest.mark.parametrize(("rows", "length"), [(4, 10), (1, 1), (3, 21)])
 @pytest.mark.parametrize("head", HEADS)
 @torch.no_grad()
 def test_before_calibration_and_without_padding_it_is_bitwise_the_model(head: str, rows: int, length: int) -> None:
@@ -47,13 +46,17 @@ def test_off_and_unclamped_is_bitwise_the_model_with_padding_too() -> None:
     assert not torch.equal(sim.model(**batch).logits, expected)
 
 
+def fails_if_off(sim: QuantSim) -> None:
+    if {q.state for q in sim.quantizers.values()} == {State.OFF}:
+        raise TypeError
+
+
 def test_quantizers_off_restores_every_state_after_an_error() -> None:
     sim = tiny_sim()
     sim.quantizers["classifier.output"].state = State.FIXED
     before = snapshot(sim)
-    with pytest.raises(ZeroDivisionError), sim.quantizers_off():
-        assert {q.state for q in sim.quantizers.values()} == {State.OFF}
-        raise ZeroDivisionError
+    with pytest.raises(TypeError), sim.quantizers_off():
+        fails_if_off(sim)
     assert snapshot(sim) == before
 
 
@@ -111,7 +114,7 @@ def test_the_callable_gets_the_other_arguments() -> None:
 
 def test_labels_and_other_columns_are_ignored() -> None:
     sim, batch = tiny_sim(calibrated=False), tiny_batch()
-    sim.compute_encodings([batch | {"labels": LABELS, "idx": torch.arange(4)}])
+    sim.compute_encodings([batch | {"labels": torch.arange(4), "idx": torch.arange(4)}])
     other = tiny_sim(calibrated=False)
     other.compute_encodings([batch])
     assert snapshot(sim) == snapshot(other)
@@ -124,7 +127,7 @@ def used_up() -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "data, message",
+    ("data", "message"),
     [
         ([], "no batches"),
         (used_up(), "used up"),
@@ -212,72 +215,18 @@ def test_without_the_clamp_batch_composition_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_more_bits_are_nearer_to_the_model() -> None:
-    batch, expected = tiny_batch(), None
-    noise = []
-    for bits in (4, 8, 16):
-        rules = (*UNCLAMPED.rules, Rule(module="*", set={"bits": bits}))
-        sim = tiny_sim(config=QuantConfig(mask_clamp=None, rules=rules, name=f"{bits} bits"))
-        expected = tiny_bert()(**batch).logits if expected is None else expected
-        noise.append((sim.model(**batch).logits - expected).norm() / expected.norm())
+def test_four_more_bits_are_much_nearer_to_the_model() -> None:
+    """On the batch of the calibration, so that nothing is clipped: a step 16 times finer leaves less than a quarter of the noise."""
+    batch = tiny_batch()
+    expected, noise = tiny_bert()(**batch).logits, []
+    for bits in (8, 12, 16):
+        sim = tiny_sim(config=UNCLAMPED, calibrated=False)
+        for q in sim.quantizers.values():
+            q.spec = replace(q.spec, bits=bits)
+        sim.compute_encodings([batch])
+        noise.append(((sim.model(**batch).logits - expected).norm() / expected.norm()).item())
+    assert noise[0] < 0.05
     assert noise[0] > 4 * noise[1] > 16 * noise[2]
-    assert noise[2] < 1e-3
-
-
-# ---- train ----
-
-
-def test_loss_backward_reaches_every_range_and_every_weight() -> None:
-    sim = tiny_sim()
-    sim.model.train()
-    sim.model(**tiny_batch(seed=5), labels=LABELS).loss.backward()
-    for name, q in sim.quantizers.items():
-        assert q.min.grad is not None, name
-        assert q.max.grad is not None, name
-        assert q.min.grad.isfinite().all() and q.max.grad.isfinite().all(), name  # noqa: PT018
-        assert q.min.grad.abs().max() + q.max.grad.abs().max() > 0, name
-    assert all(p.grad is not None for p in sim.model.parameters())
-
-
-@pytest.mark.parametrize("learn", ["weights and ranges", "ranges alone"])
-def test_five_steps_lower_the_loss(learn: str) -> None:
-    sim, batch = tiny_sim(), tiny_batch() | {"labels": LABELS}
-    parameters = sim.range_parameters() if learn == "ranges alone" else list(sim.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0)
-    losses = []
-    for _ in range(6):
-        loss = sim.model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-
-
-def test_after_a_step_evaluation_uses_the_new_weights_and_ranges() -> None:
-    sim, batch = tiny_sim(), tiny_batch()
-    sim.model(**batch, labels=LABELS).loss.backward()
-    with torch.no_grad():
-        before = sim.model(**batch).logits.clone()
-    torch.optim.SGD(sim.model.parameters(), lr=0.5).step()
-    expected = sim.model(**batch).logits.detach()  # with gradients on, nothing frozen is used
-    with torch.no_grad():
-        after = sim.model(**batch).logits
-    assert not torch.equal(after, before)
-    assert torch.equal(after, expected)
-
-
-def test_transformers_trainer_trains_it(tmp_path) -> None:
-    sim = tiny_sim()
-    rows = [{name: x[i] for name, x in tiny_batch(4, 8).items()} | {"labels": LABELS[i]} for i in range(4)]
-    before = snapshot(sim)
-    args = TrainingArguments(
-        tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
-    )
-    trainer = Trainer(sim.model, args, train_dataset=rows, eval_dataset=rows)
-    trainer.train()
-    assert snapshot(sim) != before
-    assert trainer.evaluate()["eval_loss"] > 0
 
 
 # ---- copies ----

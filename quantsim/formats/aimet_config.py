@@ -68,8 +68,8 @@ def read_aimet_config(path: str | Path) -> QuantConfig:
     values = json.loads(Path(path).read_text())
     if unknown := set(values) - SECTIONS:
         raise ConfigError(f"{path}: unknown section {sorted(unknown)}; AIMET's are {', '.join(sorted(SECTIONS))}")
-    defaults = values["defaults"]
-    params, ops = defaults.get("params", {}), defaults.get("ops", {})
+    defaults = _section(path, values, "defaults")
+    params, ops = _section(path, defaults, "params"), _section(path, defaults, "ops")
     symmetric_weights = _bool(path, params, "is_symmetric", False)
     per_channel = _bool(path, defaults, "per_channel_quantization", False)
     weights = QuantSpec(symmetric=symmetric_weights, axis=0 if per_channel else None)
@@ -79,15 +79,16 @@ def read_aimet_config(path: str | Path) -> QuantConfig:
         rules.append(Rule(role="weight", enabled=False, optional=True, reason="defaults.params.is_quantized is not True"))
     if not _bool(path, ops, "is_output_quantized", False):
         rules.append(Rule(role="activation", enabled=False, optional=True, reason="defaults.ops.is_output_quantized is not True"))
-    rules += _param_rules(path, values.get("params", {}), None)
-    for name, section in values.get("op_type", {}).items():
+    rules += _param_rules(path, _section(path, values, "params"), None)
+    op_types = _section(path, values, "op_type")
+    for name in op_types:
         for op in OPS.get(name, ()):
-            rules += _op_rules(path, op, section)
+            rules += _op_rules(path, op, _section(path, op_types, name))
     return QuantConfig(
         weights=weights,
         activations=activations,
-        inputs=_bool(path, values.get("model_input", {}), "is_input_quantized", False),
-        supergroups=tuple(group for entry in values.get("supergroups", ()) for group in _supergroup(path, entry["op_list"])),
+        inputs=_bool(path, _section(path, values, "model_input"), "is_input_quantized", False),
+        supergroups=tuple(group for entry in values.get("supergroups", ()) for group in _supergroup(path, entry)),
         rules=tuple(rules),
         name=Path(path).stem,
     )
@@ -103,13 +104,13 @@ def _op_rules(path: str | Path, op: str, section: Mapping[str, Any]) -> list[Rul
     if "per_channel_quantization" in section and op != "embedding":
         axis = 0 if _bool(path, section, "per_channel_quantization", False) else None
         rules.append(Rule(op=op, role="weight", set={"axis": axis}, optional=True))
-    return rules + _param_rules(path, section.get("params", {}), op)
+    return rules + _param_rules(path, _section(path, section, "params"), op)
 
 
 def _param_rules(path: str | Path, params: Mapping[str, Any], op: str | None) -> list[Rule]:
     rules = []
-    weight = params.get("weight", {})
-    if _bool(path, params.get("bias", {}), "is_quantized", False):
+    weight = _section(path, params, "weight")
+    if _bool(path, _section(path, params, "bias"), "is_quantized", False):
         raise ConfigError(f"{path}: params.bias.is_quantized is True; biases stay unquantized here (integer kernels add them in 32 bits)")
     if "is_quantized" in weight:
         on = _bool(path, weight, "is_quantized", True)
@@ -119,13 +120,23 @@ def _param_rules(path: str | Path, params: Mapping[str, Any], op: str | None) ->
     return rules
 
 
-def _supergroup(path: str | Path, names: list[str]) -> list[tuple[str, ...]]:
+def _supergroup(path: str | Path, entry: object) -> list[tuple[str, ...]]:
+    names = entry.get("op_list") if isinstance(entry, dict) else None
+    if not isinstance(names, list):
+        raise ConfigError(f"{path}: supergroup {entry!r}; expected an object with op_list, a list of ops")
     groups: list[tuple[str, ...]] = [()]
     for name in names:
         if name not in OPS:
             raise ConfigError(f"{path}: supergroup {names} names {name!r}; known ops are {', '.join(OPS)} (nearest: {near(name, OPS, 1)})")
         groups = [(*group, op) for group in groups for op in OPS[name]]
     return groups
+
+
+def _section(path: str | Path, parent: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = parent.get(name, {})
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{path}: {name} is {section!r}; expected an object")
+    return section
 
 
 def _bool(path: str | Path, section: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -28,6 +28,7 @@ from quantsim.quantizers.fake_quantizer import FakeQuantizer, State
 WEIGHTS, MODEL_CONFIG, SIM = "model.safetensors", "config.json", "quantsim.json"
 FORMAT = 1
 RANGES = "quantizers."
+FIELDS = {"format": int, "architecture": str, "config": dict, "quantizers": dict, "tied": dict, "versions": dict, "sha256": dict}
 
 
 class CheckpointError(ValueError):
@@ -51,22 +52,23 @@ class Checkpoint:
             CheckpointError: a quantizer that only one side has, another spec, a range of another shape.
         """
         _same_names(self.path / SIM, "quantizers", self.quantizers, quantizers)
+        _same_names(self.path / WEIGHTS, "ranges", self.ranges, _ranges(quantizers))
         for name, quantizer in quantizers.items():
             saved = self.quantizers[name]
-            if saved["spec"] != asdict(quantizer.spec):
+            spec, state = (saved.get(field) if isinstance(saved, dict) else None for field in ("spec", "state"))
+            if spec != asdict(quantizer.spec):
                 raise CheckpointError(
-                    f"{self.path / SIM}: quantizers.{name}.spec is {saved['spec']}; this model and config give {asdict(quantizer.spec)}"
+                    f"{self.path / SIM}: quantizers.{name}.spec is {spec}; this model and config give {asdict(quantizer.spec)}"
                 )
+            states = {member.name.lower(): member for member in State}
+            if state not in states:
+                raise CheckpointError(f"{self.path / SIM}: quantizers.{name}.state is {state!r}; expected one of {', '.join(states)}")
             ends = []
             for end in ("min", "max"):
                 key = f"{RANGES}{name}.{end}"
-                if key not in self.ranges:
-                    raise CheckpointError(f"{self.path / WEIGHTS}: no tensor {key}")
-                value, expected = self.ranges[key], getattr(quantizer, end)
-                if value.shape != expected.shape:
-                    raise CheckpointError(f"{self.path / WEIGHTS}: {key} has shape {list(value.shape)}; expected {list(expected.shape)}")
-                ends.append(value)
-            quantizer.restore(State[saved["state"].upper()], *ends)
+                ends.append(self.ranges[key])
+                _same_kind(self.path / WEIGHTS, key, ends[-1], getattr(quantizer, end))
+            quantizer.restore(states[state], *ends)
 
 
 # ---- write ----
@@ -82,6 +84,7 @@ def save_checkpoint(folder: str | Path, model: nn.Module, config: QuantConfig, q
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         safetensors.torch.save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        (staging / WEIGHTS).chmod(0o644)  # safetensors writes files that their owner alone may read
         _write_model_config(model, staging)
         description: dict[str, Any] = {
             "format": FORMAT,
@@ -169,18 +172,14 @@ def load_checkpoint(folder: str | Path, model: nn.Module | None = None) -> Check
         config = QuantConfig.from_dict(description["config"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder / SIM}: config: {error}") from error
-    tensors |= {alias: tensors[name] for alias, name in description["tied"].items() if name in tensors}
+    tensors |= {alias: tensors[name] for alias, name in description["tied"].items() if str(name) in tensors}
     if model is None:
         model = _build_model(folder, description["architecture"])
     weights = {name: x for name, x in tensors.items() if not name.startswith(RANGES)}
     expected = plain_state(model)
     _same_names(folder / WEIGHTS, "tensors", weights, expected)
     for name, x in weights.items():
-        if x.shape != expected[name].shape or x.dtype != expected[name].dtype:
-            want = expected[name]
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: {name} is {list(x.shape)} of {x.dtype}; expected {list(want.shape)} of {want.dtype}"
-            )
+        _same_kind(folder / WEIGHTS, name, x, expected[name])
     model.load_state_dict(weights)
     return Checkpoint(folder, model.eval(), config, description["quantizers"], {k: v for k, v in tensors.items() if k.startswith(RANGES)})
 
@@ -193,10 +192,12 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: missing; expected a folder written by QuantSim.save_pretrained") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    fields = {"format", "architecture", "config", "quantizers", "tied", "versions", "sha256"}
-    missing = fields - set(description) if isinstance(description, dict) else fields
+    missing = set(FIELDS) - set(description) if isinstance(description, dict) else set(FIELDS)
     if missing:
-        raise CheckpointError(f"{path}: expected an object with {', '.join(sorted(fields))}; missing {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{path}: expected an object with {', '.join(FIELDS)}; missing {', '.join(sorted(missing))}")
+    for name, kind in FIELDS.items():
+        if not isinstance(description[name], kind):
+            raise CheckpointError(f"{path}: {name} {description[name]!r}; expected {'an object' if kind is dict else kind.__name__}")
     if description["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {description['format']!r}; this version reads format {FORMAT}")
     if description["sha256"].get(SIM) != _own_sha256(description):
@@ -219,12 +220,26 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _build_model(folder: Path, architecture: str) -> nn.Module:
     cls = getattr(transformers, architecture, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class):
         raise CheckpointError(
             f"{folder / SIM}: architecture {architecture!r} is no model class of transformers; pass model= with an instance of it"
         )
-    with torch.random.fork_rng(devices=[]):  # initial values are replaced; the caller's random state stays
-        return cls(transformers.AutoConfig.from_pretrained(folder))
+    path, config_class = folder / MODEL_CONFIG, cls.config_class  # not AutoConfig, which may run code that the file names
+    try:
+        values = json.loads(path.read_text())
+        if values["model_type"] != config_class.model_type:
+            raise CheckpointError(f"{path}: model_type is {values['model_type']!r}; {architecture} has {config_class.model_type!r}")
+        with torch.random.fork_rng(devices=[]):  # initial values are replaced; the caller's random state stays
+            return cls(config_class.from_dict(values))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a model raises on sizes that mean nothing
+        raise CheckpointError(f"{path}: no {architecture} can be built from it ({type(error).__name__}: {error})") from error
+
+
+def _same_kind(path: Path, name: str, x: Tensor, expected: Tensor) -> None:
+    if x.shape != expected.shape or x.dtype != expected.dtype:
+        raise CheckpointError(f"{path}: {name} is {list(x.shape)} of {x.dtype}; expected {list(expected.shape)} of {expected.dtype}")
 
 
 def _same_names(path: Path, what: str, saved: Mapping[str, Any], needed: Mapping[str, Any]) -> None:

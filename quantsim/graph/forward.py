@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from transformers.utils.generic import ModelOutput, find_labels
 
@@ -87,6 +89,9 @@ def trace_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[s
     result = full.graph.output_node().args[0]
     if not isinstance(result, fx.Node) or "loss" not in result.kwargs:
         raise TraceError(f"{type(model).__name__}: no loss comes out with {', '.join(labels)} as labels")
+    for node in result.all_input_nodes:
+        if (tensor := _before_broadcast(node)) is not None:
+            node.replace_all_uses_with(tensor)
     outputs = {node: name for name, node in result.kwargs.items() if name != "loss" and isinstance(node, fx.Node)}
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -107,6 +112,16 @@ def trace_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[s
     graph.output(copy(loss))
     graph.lint()
     return fx.GraphModule(nn.Module(), graph, "Loss")
+
+
+def _before_broadcast(node: fx.Node) -> fx.Node | None:
+    """The tensor that the node is an alias of, where a loss broadcast it: export names an output by its last alias."""
+    if node.target is not operator.getitem:
+        return None
+    broadcast, index = node.args
+    if not isinstance(broadcast, fx.Node) or broadcast.target is not torch.ops.aten.broadcast_tensors.default:
+        return None
+    return broadcast.args[0][index]  # type: ignore[index, return-value]
 
 
 def _placeholder(graph: fx.Graph, name: str) -> fx.Node:

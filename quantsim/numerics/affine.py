@@ -66,8 +66,8 @@ def affine_params(minimum: Tensor, maximum: Tensor, spec: QuantSpec) -> AffinePa
 
     Differentiable: rounding the zero point is straight-through; at an empty range the scale is constant.
     """
-    low = minimum.clamp(max=0.0)
-    high = maximum.clamp(min=0.0)
+    low = _at_least_float32(minimum).clamp(max=0.0)
+    high = _at_least_float32(maximum).clamp(min=0.0)
     floor = smallest_range(low.dtype)
     if spec.symmetric:
         scale = torch.maximum(high / spec.quant_max, low / spec.quant_min).clamp(min=floor / (spec.quant_max - spec.quant_min))
@@ -131,7 +131,11 @@ def fake_quantize(x: Tensor, params: AffineParams, overwrite: bool = False) -> T
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:
     """``x / scale`` as a fresh tensor of at least float32."""
-    return torch.div(x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, scale)
+    return torch.div(_at_least_float32(x), scale)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 Bound = float | Tensor
@@ -154,33 +158,52 @@ def _clamp_(x: Tensor, low: Bound, high: Bound) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """:func:`fake_quantize` with its gradients; keeps one tensor of ``x``'s size, ``y``."""
+    """:func:`fake_quantize` with its gradients, in as few passes over a tensor as they need.
+
+    Kept for backward: ``y``, and the result, which most ops that come next keep anyway. ``sum g * clamp(r)`` is
+    ``sum g * x_hat / scale``, so nothing is rounded again; a result in 16 bits is too coarse for that and is computed anew.
+    """
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, params):  # type: ignore[no-untyped-def]
         low, high = _bounds(params, x.ndim)
         wide = params.broadcast(scale, x.ndim)
         y = _divide(x, wide)
-        ctx.save_for_backward(y, scale)
+        x_hat = _clamp_(y.round(), low, high).mul_(wide).to(x.dtype)
+        ctx.save_for_backward(y, x_hat if x_hat.dtype == y.dtype else None, scale, wide)
         ctx.bounds, ctx.axis, ctx.dtype = (low, high), params.axis, x.dtype
-        return _clamp_(y.round(), low, high).mul_(wide).to(x.dtype)
+        return x_hat
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
-        y, scale = ctx.saved_tensors
+        y, x_hat, scale, wide = ctx.saved_tensors
         low, high = ctx.bounds
         g = g.to(y.dtype)
-        r = y.round()
-        if isinstance(low, float):
-            inside = torch.ops.aten.hardtanh_backward(g, r, low - 0.5, high + 0.5)  # g where low <= r <= high, in one pass
-        else:
-            inside = torch.where((r >= low) & (r <= high), g, 0.0)
+        inside = _where_inside(g, y, low, high)
         grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            q = _clamp_(r, low, high)
-            grad_scale = _sum(g, q, ctx.axis) - _sum(inside, y, ctx.axis)
+        if ctx.needs_input_grad[1]:
+            if x_hat is None:
+                x_hat = _clamp_(y.round(), low, high).mul_(wide)
+            grad_scale = _sum(g, x_hat, ctx.axis) / scale - _sum(inside, y, ctx.axis)
+        if ctx.needs_input_grad[2]:
             grad_zero_point = -scale * (_sum(g, None, ctx.axis) - _sum(inside, None, ctx.axis))
         return inside.to(ctx.dtype), grad_scale, grad_zero_point, None
+
+
+def _where_inside(g: Tensor, y: Tensor, low: Bound, high: Bound) -> Tensor:
+    """``g`` where ``low <= round(y) <= high``, else 0.
+
+    Half rounds to even, so half a step outside is inside where the end of the grid is even: the open interval of
+    ``hardtanh_backward``, one pass, is then a number wider.
+    """
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        r = y.round()
+        return torch.where((r >= low) & (r <= high), g, 0.0)
+    ends = torch.tensor([low - 0.5, high + 0.5], dtype=y.dtype)
+    outward = torch.tensor([-torch.inf, torch.inf], dtype=y.dtype)
+    even = torch.tensor([low % 2 == 0, high % 2 == 0])
+    below, above = torch.where(even, torch.nextafter(ends, outward), ends).tolist()
+    return torch.ops.aten.hardtanh_backward(g, y, below, above)  # type: ignore[no-any-return]
 
 
 def _sum(a: Tensor, b: Tensor | None, axis: int | None) -> Tensor:

@@ -112,7 +112,7 @@ def test_params_are_switched_off_for_one_op(write) -> None:
     assert found["bert.embeddings.word_embeddings.weight"] is not None
 
 
-@pytest.mark.parametrize("key, kept", [("params", "classifier.output"), ("ops", "classifier.weight")])
+@pytest.mark.parametrize(("key", "kept"), [("params", "classifier.output"), ("ops", "classifier.weight")])
 def test_what_the_defaults_do_not_quantize_is_not(write, key: str, kept: str) -> None:
     found = specs(read_aimet_config(write(changed("defaults", key, to={}))))
     assert found[kept] is not None
@@ -145,10 +145,10 @@ def test_inputs_are_left_alone_unless_asked_for(write) -> None:
 
 
 @pytest.mark.parametrize(
-    "values, message",
+    ("values", "message"),
     [
         (changed("extras", to={}), "unknown section.*extras"),
-        (changed("defaults", "ops", "is_output_quantized", to="true"), "is_output_quantized is 'true'.*\"True\" or \"False\""),
+        (changed("defaults", "ops", "is_output_quantized", to="true"), 'is_output_quantized is \'true\'.*"True" or "False"'),
         (changed("defaults", "params", "is_symmetric", to=1), "is_symmetric is 1"),
         (changed("op_type", "Softmax", to={"is_output_quantized": "yes"}), "is_output_quantized is 'yes'"),
         (changed("params", "bias", "is_quantized", to="True"), "bias"),
@@ -164,4 +164,3 @@ def test_inputs_are_left_alone_unless_asked_for(write) -> None:
 def test_errors_name_the_file_and_the_field(write, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"(?s)zoo\.json: .*{message}"):
         read_aimet_config(write(values))
-

@@ -51,7 +51,7 @@ def test_the_default_is_aimet() -> None:
     assert [(p.name, p.spec) for p in tiny_sim(calibrated=False).placements] == [(p.name, p.spec) for p in placed("aimet")]
 
 
-@pytest.mark.parametrize("preset, per_layer, more", [("aimet", 16, 6), ("aimet_per_tensor", 16, 6), ("bondarenko", 13, 5)])
+@pytest.mark.parametrize(("preset", "per_layer", "more"), [("aimet", 16, 6), ("aimet_per_tensor", 16, 6), ("bondarenko", 13, 5)])
 @pytest.mark.parametrize("layers", [1, 2, 12])
 def test_number_of_activation_quantizers(preset: str, per_layer: int, more: int, layers: int) -> None:
     placements = placed(preset, layers)
@@ -89,7 +89,7 @@ def test_masks_and_positions_are_never_quantized() -> None:
 
 
 @pytest.mark.parametrize(
-    "role, op",
+    ("role", "op"),
     [
         ("attention_scores", "matmul"),
         ("attention_scale", "mul"),
@@ -184,7 +184,7 @@ def test_switching_off_without_a_reason_names_the_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule, near",
+    ("rule", "near"),
     [
         (Rule(module="bert.encoder.layer.0.output.dens.weight", enabled=False), "bert.encoder.layer.0.output.dense.weight"),
         (Rule(op="softmx", enabled=False), "softmax"),
@@ -207,7 +207,7 @@ def test_an_axis_of_changing_size_is_refused_by_name() -> None:
         with_rules(Rule(module="classifier.output", set={"axis": 0}))
 
 
-@pytest.mark.parametrize("name, axis", [("classifier.weight", 2), ("classifier.output", -3)])
+@pytest.mark.parametrize(("name", "axis"), [("classifier.weight", 2), ("classifier.output", -3)])
 def test_an_axis_that_is_not_there_is_refused_by_name(name: str, axis: int) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: axis {axis} of a tensor with 2 axes"):
         with_rules(Rule(module=name, set={"axis": axis}))
@@ -229,9 +229,7 @@ def test_a_supergroup_keeps_the_last_output_alone() -> None:
 
 
 def test_a_supergroup_runs_past_dropout_and_over_three_ops() -> None:
-    expected = [
-        f"bert.encoder.layer.{i}.{part}" for i in (0, 1) for part in ("attention.output.dense.output", "attention.output.add")
-    ]
+    expected = [f"bert.encoder.layer.{i}.{part}" for i in (0, 1) for part in ("attention.output.dense.output", "attention.output.add")]
     found = left_inside(("linear", "add", "layer_norm"))
     assert [name for name in found if ".attention.output." in name] == expected
     assert len(found) == 8

@@ -42,7 +42,7 @@ def assert_same(actual, expected) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("rows, length", SHAPES)
+@pytest.mark.parametrize(("rows", "length"), SHAPES)
 @torch.no_grad()
 def test_evaluation_is_bitwise_the_models(pair, rows: int, length: int) -> None:
     head, model, graph = pair

@@ -107,3 +107,7 @@ def test_a_base_elsewhere_is_found_by_its_loader(bundle: Card, base: Path, tmp_p
 def test_a_bundle_is_small(bundle: Card) -> None:
     sizes = {name: (bundle.folder / name).stat().st_size for name in (FP32, W8A8)}
     assert sizes[FP32] < sizes[W8A8] < 30_000
+
+
+def test_everybody_may_read_it(bundle: Card) -> None:
+    assert all((bundle.folder / name).stat().st_mode & 0o044 == 0o044 for name in (FP32, W8A8))

@@ -33,7 +33,7 @@ def test_the_grid_has_two_to_the_bits_integers(bits: int, symmetric: bool) -> No
     assert spec.quant_min == (-(2 ** (bits - 1)) if symmetric else 0)
 
 
-@pytest.mark.parametrize("low, high", RANGES)
+@pytest.mark.parametrize(("low", "high"), RANGES)
 @pytest.mark.parametrize("symmetric", KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_every_integer_of_the_grid_comes_back(bits: int, symmetric: bool, low: float, high: float) -> None:
@@ -57,7 +57,7 @@ def test_every_integer_comes_back_per_channel(bits: int, symmetric: bool) -> Non
     assert torch.equal(fake_quantize(values, params), values)
 
 
-@pytest.mark.parametrize("low, high", RANGES)
+@pytest.mark.parametrize(("low", "high"), RANGES)
 @pytest.mark.parametrize("symmetric", KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_error_inside_is_at_most_half_a_step(bits: int, symmetric: bool, low: float, high: float) -> None:
@@ -69,7 +69,7 @@ def test_error_inside_is_at_most_half_a_step(bits: int, symmetric: bool, low: fl
     assert error.max() > 0.45 * params.scale, "the bound was never neared: the test would not notice a finer grid"
 
 
-@pytest.mark.parametrize("low, high", RANGES)
+@pytest.mark.parametrize(("low", "high"), RANGES)
 @pytest.mark.parametrize("symmetric", KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_outside_the_range_values_become_its_ends(bits: int, symmetric: bool, low: float, high: float) -> None:
@@ -82,7 +82,7 @@ def test_outside_the_range_values_become_its_ends(bits: int, symmetric: bool, lo
     assert torch.equal(fake_quantize(infinite, params), torch.stack([first, last]))
 
 
-@pytest.mark.parametrize("low, high", RANGES)
+@pytest.mark.parametrize(("low", "high"), RANGES)
 @pytest.mark.parametrize("bits", BITS)
 def test_the_grid_covers_a_symmetric_range_whole(bits: int, low: float, high: float) -> None:
     first, last = grid_range(params_of(low, high, QuantSpec(bits=bits, symmetric=True)))
@@ -90,7 +90,7 @@ def test_the_grid_covers_a_symmetric_range_whole(bits: int, low: float, high: fl
     assert last >= max(high, 0) * (1 - EPS)
 
 
-@pytest.mark.parametrize("low, high", RANGES)
+@pytest.mark.parametrize(("low", "high"), RANGES)
 @pytest.mark.parametrize("bits", BITS)
 def test_an_asymmetric_grid_misses_its_range_by_half_a_step_at_most(bits: int, low: float, high: float) -> None:
     params = params_of(low, high, QuantSpec(bits=bits))

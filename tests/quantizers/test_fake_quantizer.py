@@ -54,7 +54,7 @@ def test_only_a_learning_range_takes_gradients(state: State) -> None:
     assert quantizer.calibrated == (state in (State.FIXED, State.LEARNING))
 
 
-@pytest.mark.parametrize("learn, state", [(True, State.LEARNING), (False, State.FIXED)], ids=["learn", "fixed"])
+@pytest.mark.parametrize(("learn", "state"), [(True, State.LEARNING), (False, State.FIXED)], ids=["learn", "fixed"])
 def test_the_spec_says_whether_a_calibrated_range_learns(learn: bool, state: State, x: Tensor) -> None:
     assert calibrated(x, QuantSpec(learn=learn)).state is state
 
@@ -161,12 +161,15 @@ def test_evaluation_equals_training_forward(axis: int | None, x: Tensor) -> None
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=["nan", "inf", "minus inf"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_values_that_are_not_finite_are_refused_by_name(estimator: str, bad: float) -> None:
-    quantizer = FakeQuantizer(QuantSpec(estimator=estimator), "some.edge")
-    quantizer.state = State.ESTIMATING
-    with pytest.raises(CalibrationError, match=r"some\.edge.*finite"):
+    def calibrate() -> None:
         for x in (torch.ones(3), torch.tensor([1.0, bad]), torch.ones(3)):
             quantizer(x)
         quantizer.finish_estimating()
+
+    quantizer = FakeQuantizer(QuantSpec(estimator=estimator), "some.edge")
+    quantizer.state = State.ESTIMATING
+    with pytest.raises(CalibrationError, match=r"some\.edge.*finite"):
+        calibrate()
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -190,7 +193,7 @@ def test_an_unclamped_mask_is_refused_with_the_cure(estimator: str) -> None:
         calibrated(scores, QuantSpec(estimator=estimator), MaskedScoreQuantizer)
 
 
-@pytest.mark.parametrize("spec, channels", [(QuantSpec(), 3), (QuantSpec(axis=0), None)], ids=["no axis", "axis"])
+@pytest.mark.parametrize(("spec", "channels"), [(QuantSpec(), 3), (QuantSpec(axis=0), None)], ids=["no axis", "axis"])
 def test_axis_and_channel_count_come_together(spec: QuantSpec, channels: int | None) -> None:
     with pytest.raises(ValueError, match=r"some\.edge: axis"):
         FakeQuantizer(spec, "some.edge", channels)

@@ -169,7 +169,7 @@ def samples(name: str) -> Tensor:
 @pytest.mark.parametrize("distribution", ["normal", "skewed", "outliers"])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("estimator, clip_weight", [("mse", 1.0), ("sqnr", 3.0)], ids=["mse", "sqnr"])
+@pytest.mark.parametrize(("estimator", "clip_weight"), [("mse", 1.0), ("sqnr", 3.0)], ids=["mse", "sqnr"])
 def test_least_noise_is_near_the_best_of_a_fine_grid(
     estimator: str, clip_weight: float, symmetric: bool, bits: int, distribution: str
 ) -> None:

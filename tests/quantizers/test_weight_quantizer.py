@@ -94,7 +94,7 @@ def load(layer: nn.Linear) -> None:
 CHANGES = [add_in_place, write_data, replace_data, take_a_step, load]
 
 
-@pytest.mark.parametrize("rows, columns", [(8, 16), (64, 64)], ids=["small", "4096 elements"])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 16), (64, 64)], ids=["small", "4096 elements"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_a_changed_weight_is_noticed(change: Callable[[nn.Linear], None], rows: int, columns: int) -> None:
     layer, quantizer = make(rows, columns)

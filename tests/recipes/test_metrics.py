@@ -98,6 +98,7 @@ def test_one_answer_by_hand() -> None:
     assert answer_exact("The Broncos!", "broncos") == 1.0
     assert answer_f1("Denver Broncos won", "the Denver Broncos") == pytest.approx(2 * 2 / (3 + 2))
     assert answer_f1("blue blue", "blue") == pytest.approx(2 * 1 / (2 + 1))  # a word counts as often as both have it
+    assert answer_f1("blue blue", "blue blue red") == pytest.approx(2 * 2 / (2 + 3))
     assert answer_f1("red", "blue") == 0.0
 
 

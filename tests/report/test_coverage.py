@@ -38,7 +38,9 @@ def test_the_counts_add_up() -> None:
     weights = sum(p.role == "weight" for p in sim.placements)
     left = sum(p.spec is None for p in sim.placements)
     first = str(sim).splitlines()[0]
-    assert first == f"{weights} weight quantizers, {len(sim.quantizers) - weights} activation quantizers, {left} edges left in floating point"
+    assert (
+        first == f"{weights} weight quantizers, {len(sim.quantizers) - weights} activation quantizers, {left} edges left in floating point"
+    )
     assert first in repr(sim)
     assert "BertForSequenceClassification, aimet" in repr(sim)
 
