@@ -162,7 +162,9 @@ def test_an_error_of_the_callers_own_changes_nothing() -> None:
 
 @pytest.mark.parametrize("estimator", ["min_max", "percentile"])
 def test_weights_that_are_not_finite_are_refused_by_name(estimator: str) -> None:
-    sim = tiny_sim(config=QuantConfig.from_dict({"weights": {"symmetric": True, "axis": 0, "estimator": estimator}}), calibrated=False)
+    sim = tiny_sim(calibrated=False)
+    quantizer = sim.quantizers["bert.pooler.dense.weight"]
+    quantizer.spec = replace(quantizer.spec, estimator=estimator)
     with torch.no_grad():
         sim.model.bert.pooler.dense.weight[0, 0] = torch.nan
     with pytest.raises(CalibrationError, match=r"bert\.pooler\.dense\.weight.*finite"):

@@ -8,9 +8,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from tests.tiny import tiny_batch, tiny_sim
-
-LABELS = torch.tensor([0, 1, 1, 0])
+from tests.tiny import LABELS, tiny_batch, tiny_sim
 
 
 def test_loss_backward_reaches_every_range_and_every_weight() -> None:

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from quantsim import QuantConfig, QuantSim, trace
 
 VOCAB = 99
+LABELS = torch.tensor([0, 1, 1, 0])
 
 HEADS: dict[str, type[nn.Module]] = {
     name: getattr(transformers, name)
@@ -95,6 +96,8 @@ def _sim(head: str, config: QuantConfig, calibrated: bool) -> QuantSim:
         return QuantSim(tiny_head(head), config)
     sim = clone(_sim(head, config, False))
     sim.compute_encodings([batch_for(head, seed=seed) for seed in (1, 2)])
+    if head == "BertForSequenceClassification" and config.name == "aimet":
+        sim.model(**tiny_batch(), labels=LABELS)  # the loss is traced once for all tests
     return sim
 
 

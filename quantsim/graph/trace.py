@@ -125,10 +125,25 @@ def export(model: nn.Module, batch: Mapping[str, Tensor]) -> fx.GraphModule:
         output.args = (_rebuild(skeleton, leaves, graph),)
     graph.set_codegen(fx.graph.CodeGen())  # plain keyword inputs in place of export's pytrees
     traced = fx.GraphModule(flat, graph, type(model).__name__)
+    _check_sizes(traced, exported.range_constraints)
     for name, child in model.named_children():
         if name in dict(traced.named_children()):
             traced.add_module(name, child)  # the model's own modules: what is moved or replaced there, the graph sees
     return traced
+
+
+def _check_sizes(graph: fx.GraphModule, ranges: Mapping[Any, Any]) -> None:
+    """Refuse a model that branches on a size: the graph would have one branch, and take it for sizes of the other.
+
+    torch.export takes sizes of 0 and 1 to be special, which is no branch of the model's: they are proven to work.
+    """
+    for node in graph.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            known = ranges.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            if known is not None and known.lower > 2:
+                where = f"axis {axis} of {node.name!r}"
+                raise TraceError(f"the model branches on the size of {where}: its graph would hold for sizes from {known.lower} alone")
 
 
 def _rebuild(skeleton: Any, leaves: list[Any], graph: fx.Graph) -> Any:

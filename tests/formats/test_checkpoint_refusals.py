@@ -98,7 +98,7 @@ def test_a_number_that_is_not_finite(folder: Path, key: str, value: float, seale
 # ---- files that were made for another model, or by hand: their hashes are right ----
 
 
-@pytest.mark.parametrize("key", ["classifier.weight", "quantizers.classifier.output.max", "quantizers.classifier.weight.min"])
+@pytest.mark.parametrize("key", ["classifier.weight", "quantizers.classifier.weight.min"])
 def test_a_wrong_shape(folder: Path, key: str) -> None:
     edit_tensors(folder, {key: torch.zeros(3, 5)})
     refused(folder, rf"{TENSORS}: {key} .*\[3, 5\].*expected")
@@ -135,7 +135,7 @@ def test_a_config_that_means_nothing(folder: Path, field: str, value: object) ->
     refused(folder, rf"{SIM}: config: .*{field}")
 
 
-@pytest.mark.parametrize("change", [{"state": "bogus"}, {"state": None}, {"spec": {"bits": 3}}, {"spec": None}], ids=repr)
+@pytest.mark.parametrize("change", [{"state": "bogus"}, {"spec": {"bits": 3}}, {"spec": None}], ids=repr)
 def test_a_quantizer_that_does_not_fit(folder: Path, change: dict[str, object]) -> None:
     quantizers = json.loads((folder / SIM).read_text())["quantizers"]
     quantizers["classifier.output"] |= change
@@ -143,7 +143,7 @@ def test_a_quantizer_that_does_not_fit(folder: Path, change: dict[str, object]) 
     refused(folder, rf"{SIM}: quantizers\.classifier\.output\.{next(iter(change))}")
 
 
-@pytest.mark.parametrize("value", [{}, [], "x", {"classifier.output": {}}], ids=repr)
+@pytest.mark.parametrize("value", [{}, [], "x"], ids=repr)
 def test_quantizers_that_are_not_those_of_the_model(folder: Path, value: object) -> None:
     edit(folder, SIM, quantizers=value)
     refused(folder, rf"{SIM}: quantizers")

@@ -96,11 +96,10 @@ def test_a_branch_on_the_length_is_no_silent_error(example: dict[str, Tensor]) -
     assert torch.equal(actual, model(short)["logits"])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named_as_the_cause(value: float) -> None:
+def test_weights_that_are_not_finite_are_named_as_the_cause() -> None:
     model = tiny_bert(num_hidden_layers=1)
     with torch.no_grad():
-        model.bert.encoder.layer[0].output.dense.weight[0, 0] = value
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = torch.nan
     with pytest.raises(TraceError, match=r"not finite.*weights"):
         trace(model)
 

@@ -158,7 +158,7 @@ def noise(x: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, clip_weight: fl
 
 
 def samples(name: str) -> Tensor:
-    x = torch.randn(3000, dtype=torch.float64)
+    x = torch.randn(2000, dtype=torch.float64)
     if name == "skewed":
         return torch.nn.functional.gelu(3 * x)
     if name == "outliers":
@@ -167,20 +167,20 @@ def samples(name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("distribution", ["normal", "skewed", "outliers"])
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize(("estimator", "clip_weight"), [("mse", 1.0), ("sqnr", 3.0)], ids=["mse", "sqnr"])
 def test_least_noise_is_near_the_best_of_a_fine_grid(
     estimator: str, clip_weight: float, symmetric: bool, bits: int, distribution: str
 ) -> None:
-    """The brute-force grid tries 400 symmetric ranges, or 60 × 60 asymmetric ones, on the values themselves.
+    """The brute-force grid tries 400 symmetric ranges, or 40 × 40 asymmetric ones, on the values themselves.
 
     Within 1% for one end, and 3% for two: the estimator's steps are then 1/32 of the observed range.
     """
     spec = QuantSpec(bits=bits, symmetric=symmetric, estimator=estimator)
     x = samples(distribution)
     found = [end.double().reshape(1) for end in estimate(spec, x.float())]
-    shrinks = torch.linspace(1 / 400, 1, 400 if symmetric else 60, dtype=torch.float64)
+    shrinks = torch.linspace(1 / 400, 1, 400 if symmetric else 40, dtype=torch.float64)
     a, b = (shrinks, shrinks) if symmetric else (t.reshape(-1) for t in torch.meshgrid(shrinks, shrinks, indexing="ij"))
     best = min(
         noise(x, low, high, spec, clip_weight).min() for low, high in zip((x.min() * a).split(400), (x.max() * b).split(400), strict=True)
