@@ -51,9 +51,10 @@ WEIGHTS: dict[str, WeightArg] = {
 ALIASES = {"bmm": "matmul", "mm": "matmul", "_softmax": "softmax", "_safe_softmax": "softmax", "where": "where"}
 
 KEEPS_GRID = frozenset(
-    "alias chunk clone contiguous detach dropout expand expand_as flatten flip gather getitem index index_select lift_fresh_copy "
-    "movedim narrow permute repeat repeat_interleave reshape roll select slice split split_with_sizes squeeze t to transpose "
-    "unbind unflatten unsqueeze view view_as".split()
+    "adjoint alias as_strided broadcast_to chunk clone contiguous detach diagonal dropout expand expand_as flatten flip gather "
+    "getitem index index_select lift_fresh_copy moveaxis movedim mT narrow numpy_T permute ravel repeat repeat_interleave reshape "
+    "reshape_as roll select slice split split_with_sizes squeeze swapaxes swapdims t tensor_split tile to transpose unbind "
+    "unflatten unfold unsqueeze view view_as".split()
 )
 """Ops whose output holds values of their input and nothing else: the output is on the input's grid."""
 

@@ -82,8 +82,8 @@ def _weight(p: Placement) -> fx.Node:
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    """The node computes a new tensor: no input, and no op that writes to one."""
-    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+    """The node computes a new tensor: no input, no op that writes to one, and no view of one."""
+    return isinstance(node.target, torch._ops.OpOverload) and all(x.alias_info is None for x in node.target._schema.returns)
 
 
 def _call(graph: fx.GraphModule, p: Placement, x: fx.Node) -> fx.Node:

@@ -78,6 +78,13 @@ def same_json(a: bytes, b: bytes) -> bool:
         return False
 
 
+def test_a_change_that_would_load_as_well(folder: Path) -> None:
+    """Another version, written by hand: nothing but the file's own hash can tell."""
+    path = folder / SIM
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"torch": "9.9"}}))
+    refused(folder, rf"{SIM}: .*own sha256")
+
+
 @pytest.mark.parametrize("sealed", [False, True], ids=["hash as it was", "hash repaired"])
 @pytest.mark.parametrize("key", ["classifier.weight", "quantizers.classifier.output.max"])
 def test_a_renamed_key(folder: Path, key: str, sealed: bool) -> None:

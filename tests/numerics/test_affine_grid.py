@@ -117,6 +117,12 @@ def test_ties_go_to_even_before_the_zero_point_is_added(zero_point: int) -> None
     assert torch.equal(quantize(x, params), (expected + zero_point).int())
 
 
+@pytest.mark.parametrize(("low", "zero_point"), [(-2.5, 2), (-3.5, 4)])
+def test_a_zero_point_between_two_integers_goes_to_the_even_one(low: float, zero_point: int) -> None:
+    params = params_of(low, low + 255.0, QuantSpec())
+    assert (params.scale.item(), params.zero_point.item()) == (1.0, zero_point)
+
+
 @pytest.mark.parametrize("symmetric", KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_a_tensor_of_zeros_gets_a_scale_and_stays_zero(bits: int, symmetric: bool) -> None:

@@ -107,6 +107,17 @@ def test_a_changed_weight_is_noticed(change: Callable[[nn.Linear], None], rows: 
     assert torch.equal(after, expected(layer, quantizer))
 
 
+def test_rows_swapped_in_place_are_noticed_though_their_sum_stays() -> None:
+    layer, quantizer = make()
+    with torch.no_grad():
+        layer.weight.mul_(64).round_().div_(64)  # sums of 64ths are exact
+        total, before = layer.weight.sum(), quantizer(layer.weight).clone()
+        layer.weight.copy_(layer.weight.flip(1))
+        assert layer.weight.sum() == total
+        assert torch.equal(quantizer(layer.weight), expected(layer, quantizer))
+        assert not torch.equal(quantizer(layer.weight), before)
+
+
 def test_a_changed_range_is_noticed() -> None:
     layer, quantizer = make()
     with torch.no_grad():

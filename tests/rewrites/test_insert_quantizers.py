@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, PretrainedConfig
 
 from quantsim import FakeQuantizer, QuantConfig, QuantSim, QuantSpec, Rule, State
 from quantsim.numerics.affine import affine_params, fake_quantize
@@ -95,6 +95,33 @@ def test_quantizers_that_overwrite_change_no_value(training: bool) -> None:
     batch = tiny_batch(seed=5)
     with torch.set_grad_enabled(training):
         assert torch.equal(sim.model(**batch).logits, plain.model(**batch).logits)
+
+
+class TakesViews(nn.Module):
+    """``y`` is read again after a view of it was; ``x`` is the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = PretrainedConfig()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.first(x)
+        views = (y.mT, y.swapaxes(0, 1), y.reshape_as(x), y.real)
+        return {"views": sum(view.square().mean() for view in views), "logits": self.second(y)}
+
+
+def test_views_and_inputs_are_never_overwritten() -> None:
+    """What ``real`` gives is a view that the table of ops does not know, so that it has a quantizer, here of 2 bits."""
+    batch = {"x": torch.randn(3, 4, 4)}
+    sim = QuantSim(TakesViews().eval(), QuantConfig(rules=(Rule(op="real", set={"bits": 2}),)), batch)
+    assert [p.op for p in sim.placements if p.op in ("mT", "swapaxes", "reshape_as")] == []
+    sim.compute_encodings([batch])
+    before = batch["x"].clone()
+    expected = sim.model(**batch)["logits"].detach()
+    with torch.no_grad():
+        assert torch.equal(sim.model(**batch)["logits"], expected)
+    assert torch.equal(batch["x"], before)
 
 
 # ---- one weight in two places ----
