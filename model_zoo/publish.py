@@ -19,8 +19,8 @@ import quantsim
 from model_zoo.bundle import load_float, load_simulation, write_delta
 from model_zoo.cards import BUNDLES, FP32, W8A8, Card, file_records, read_card, verify, write_card
 from quantsim import CheckpointError, QuantSim
+from quantsim.formats.checkpoint import RANGES
 from recipes.base_model import PACKAGED, base_model_folder, base_weights_sha256
-from recipes.low_rank import merged
 from recipes.recipe import Recipe
 from recipes.results import versions
 from recipes.tasks import Task
@@ -65,16 +65,14 @@ def write_bundle(
 
 
 def ranges_of(sim: QuantSim) -> dict[str, Tensor]:
-    """Every range as the delta file names it: as the simulation of the merged model does.
+    """Every range as the delta file names it.
 
     The grid holds 0, so an end that was trained across 0 is written as 0: the same grid.
     """
-    model: Any = sim.model
-    plain = QuantSim(merged(model), sim.config, in_place=True)  # a computed weight changes the names of its module's edges, not their order
     found = {}
-    for name, quantizer in zip(plain.quantizers, sim.quantizers.values(), strict=True):
-        found[f"quantizers.{name}.min"] = quantizer.min.detach().clamp(max=0.0)
-        found[f"quantizers.{name}.max"] = quantizer.max.detach().clamp(min=0.0)
+    for name, quantizer in sim.quantizers.items():
+        found[f"{RANGES}{name}.min"] = quantizer.min.detach().clamp(max=0.0)
+        found[f"{RANGES}{name}.max"] = quantizer.max.detach().clamp(min=0.0)
     return found
 
 

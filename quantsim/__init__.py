@@ -3,7 +3,8 @@
 from quantsim.config import ConfigError, QuantConfig, QuantSpec, Rule
 from quantsim.formats.checkpoint import CheckpointError
 from quantsim.graph.place import Placement, place
-from quantsim.graph.trace import TraceError, trace
+from quantsim.graph.proof import TraceError
+from quantsim.graph.trace import trace
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.insert_quantizers import insert_quantizers

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import find_labels
 
 from quantsim.config import ConfigError, QuantConfig
 from quantsim.formats.aimet_config import is_aimet_config, read_aimet_config
@@ -66,7 +67,8 @@ class QuantSim:
         self.config = resolve_config(config)
         self.model = model if in_place else copy.deepcopy(model)
         if example_inputs is not None:  # a training batch will do: labels are not traced
-            example_inputs = {name: x for name, x in example_inputs.items() if "label" not in name and not name.endswith("_positions")}
+            labels = find_labels(type(model))  # type: ignore[no-untyped-call]
+            example_inputs = {name: x for name, x in example_inputs.items() if name not in labels}
         self.graph = trace(self.model, example_inputs)
         if self.config.mask_clamp is not None:
             clamp_mask(self.graph, self.config.mask_clamp)

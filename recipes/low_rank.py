@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from quantsim.formats.checkpoint import plain_state
+from quantsim.formats.checkpoint import RANGES, plain_state
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 UP, DOWN = ".low_rank.up", ".low_rank.down"
-QUANTIZERS = "quantizers."
 
 
 class LowRank(nn.Module):
@@ -111,7 +110,7 @@ def low_rank_delta(model: nn.Module, base_state: Mapping[str, Tensor]) -> dict[s
                 raise ValueError(f"{key}: the weight under its low-rank factors is not the base model's; was another base trained?")
             delta[key + UP], delta[key + DOWN] = chain[0].up, chain[0].down
     for key, x in model.state_dict().items():
-        if ".parametrizations." in key or key.startswith(QUANTIZERS):
+        if ".parametrizations." in key or key.startswith(RANGES):
             continue
         if key not in base_state or not torch.equal(x.cpu(), base_state[key]):
             delta[key] = x

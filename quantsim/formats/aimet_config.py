@@ -7,6 +7,7 @@ Source: AIMET's "Quantsim config file" documentation. Sections: ``defaults`` (``
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ OPS: dict[str, tuple[str, ...]] = {  # AIMET's (ONNX's) name → ours; ops that 
     "Sum": ("sum",),
     "Tanh": ("tanh",),
 }
+KEEP_GRID = frozenset(
+    "Cast Constant Dropout Expand Flatten Identity MaxPool Reshape Resize ScatterElements Slice Split Squeeze "
+    "Tile Transpose Unsqueeze".split()
+)
 
 
 def is_aimet_config(path: str | Path) -> bool:
@@ -82,6 +87,9 @@ def read_aimet_config(path: str | Path) -> QuantConfig:
     rules += _param_rules(path, _section(path, values, "params"), None)
     op_types = _section(path, values, "op_type")
     for name in op_types:
+        if name not in OPS and name not in KEEP_GRID:
+            nearest = near(name, [*OPS, *KEEP_GRID], 1)
+            warnings.warn(f"{path}: op_type {name!r} is not known here and changes nothing (nearest: {nearest})", stacklevel=2)
         for op in OPS.get(name, ()):
             rules += _op_rules(path, op, _section(path, op_types, name))
     return QuantConfig(

@@ -48,6 +48,13 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def without_axes_of_one(batch: Batch) -> dict[str, Tensor]:
+    """The batch repeated where an axis of ids or masks (``[rows, length]``, ``[rows, choices, length]``) has size 1."""
+    batch = at_least_two_rows(batch)
+    ids = {name: x for name, x in batch.items() if not x.is_floating_point() and x.ndim in (2, 3)}
+    return batch | {name: x.repeat([2 if size == 1 else 1 for size in x.shape]) for name, x in ids.items()}
+
+
 def at_least_two_rows(batch: Batch) -> dict[str, Tensor]:
     """The batch repeated along its first axis where it has one row: an axis of size 1 would be traced as fixed."""
     return {name: x.repeat(2, *[1] * (x.ndim - 1)) if x.ndim and x.shape[0] == 1 else x for name, x in batch.items()}

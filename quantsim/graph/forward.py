@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from transformers.utils.generic import ModelOutput, find_labels
 
 from quantsim.graph.example_inputs import at_least_two_rows
-from quantsim.graph.trace import TraceError, eager_attention, export, returning_dict
+from quantsim.graph.proof import TraceError
+from quantsim.graph.trace import eager_attention, export, returning_dict
 
 
 class GraphForward:
@@ -27,7 +28,7 @@ class GraphForward:
     def __init__(self, model: nn.Module, graph: fx.GraphModule) -> None:
         self.model = model
         self.graph = graph
-        self.losses: dict[tuple[str, ...], fx.GraphModule] = {}
+        self.losses: dict[tuple[str, ...], fx.GraphModule | None] = {}
         self.labels = tuple(find_labels(type(model)))  # type: ignore[no-untyped-call]
         self.inputs = tuple(str(node.target) for node in graph.graph.find_nodes(op="placeholder"))
         self.required = tuple(str(node.target) for node in graph.graph.find_nodes(op="placeholder") if not node.args)
@@ -64,6 +65,8 @@ class GraphForward:
         if key not in self.losses:
             self.losses[key] = trace_loss(self.model, inputs, labels)
         loss = self.losses[key]
+        if loss is None:
+            return output
         values = {**inputs, **labels, **output}
         needed = [str(node.target) for node in loss.graph.find_nodes(op="placeholder")]
         return type(output)(loss=loss(**{name: values[name] for name in needed}), **output)
@@ -77,18 +80,18 @@ def run_on_graph(model: nn.Module, graph: fx.GraphModule) -> None:
     model.forward = GraphForward(model, graph)
 
 
-def trace_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> fx.GraphModule:
-    """The model's own loss as a graph of its outputs, its inputs and the labels.
+def trace_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> fx.GraphModule | None:
+    """The model's own loss as a graph of its outputs, its inputs and the labels; ``None`` where it gives none with these labels.
 
     Raises:
         TraceError: the loss needs more than these (a parameter, or a hidden state that is not an output).
     """
     batch = at_least_two_rows({name: x[:2].detach() for name, x in {**inputs, **labels}.items()})
     with _own_forward(model), eager_attention(model), returning_dict(model):
-        full = export(model, batch)
+        full, _ = export(model, batch)
     result = full.graph.output_node().args[0]
     if not isinstance(result, fx.Node) or "loss" not in result.kwargs:
-        raise TraceError(f"{type(model).__name__}: no loss comes out with {', '.join(labels)} as labels")
+        return None
     for node in result.all_input_nodes:
         if (tensor := _before_broadcast(node)) is not None:
             node.replace_all_uses_with(tensor)

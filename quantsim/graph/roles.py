@@ -48,7 +48,7 @@ WEIGHTS: dict[str, WeightArg] = {
     "batch_norm": WeightArg(1, bias=2),
 }
 
-ALIASES = {"bmm": "matmul", "mm": "matmul", "_softmax": "softmax", "_safe_softmax": "softmax", "where": "where"}
+ALIASES = {"bmm": "matmul", "mm": "matmul", "_softmax": "softmax", "_safe_softmax": "softmax"}
 
 KEEPS_GRID = frozenset(
     "adjoint alias as_strided broadcast_to chunk clone contiguous detach diagonal dropout expand expand_as flatten flip gather "

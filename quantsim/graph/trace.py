@@ -6,7 +6,7 @@ follows ``train()`` and ``eval()``, optional inputs may be left out, and no devi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,10 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 from transformers.utils.generic import ModelOutput
 
-from quantsim.graph.example_inputs import at_least_two_rows, example_inputs, other_shape
+from quantsim.graph.example_inputs import example_inputs, other_shape, without_axes_of_one
+from quantsim.graph.proof import TraceError, first_difference, outputs_of, prove, prove_past_bounds
 
 aten = torch.ops.aten
-
-
-class TraceError(RuntimeError):
-    """The model could not be traced, or its graph does not compute what the model computes."""
 
 
 def trace(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
@@ -37,12 +34,12 @@ def trace(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> fx.G
         example: a batch of tensors by keyword; made from ``model.config`` by default.
 
     Raises:
-        TraceError: ``torch.export`` cannot follow the model, or on a second batch of another shape the graph's output
-            differs from the model's; the message shows both.
+        TraceError: ``torch.export`` cannot follow the model, or on a batch of another shape (also one past each bound that
+            the trace puts on a size) the graph's output differs from the model's; the message shows both.
     """
-    batch = at_least_two_rows(example_inputs(model) if example is None else example)
+    batch = without_axes_of_one(example_inputs(model) if example is None else example)
     with eager_attention(model), returning_dict(model):
-        graph = export(model, batch)
+        graph, ranges = export(model, batch)
         _make_dropout_live(graph, model)
         _free_device(graph)
         with _mode(model, training=False):
@@ -50,7 +47,10 @@ def trace(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> fx.G
             graph.graph.eliminate_dead_code()
             graph.graph.lint()
             graph.recompile()
-            _prove(graph, model, [batch, other_shape(batch)])
+            graph.eval()
+            prove(graph, model, batch)
+            prove(graph, model, other_shape(batch))
+            prove_past_bounds(graph, model, batch, ranges)
     own = set(model.modules())
     for module in graph.modules():
         if module not in own:  # the model's own dropouts are as they were
@@ -109,7 +109,8 @@ def returning_dict(model: nn.Module) -> Iterator[None]:
 # ---- export, and what it bakes in ----
 
 
-def export(model: nn.Module, batch: Mapping[str, Tensor]) -> fx.GraphModule:
+def export(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[fx.GraphModule, Mapping[Any, Any]]:
+    """The model as a plain graph with keyword inputs, and the range of sizes for which export's choices hold."""
     shapes = {name: dict.fromkeys(range(x.ndim), Dim.AUTO) for name, x in batch.items()}
     try:
         with _mode(model, training=True):  # in eval mode dropout would leave no trace
@@ -125,25 +126,10 @@ def export(model: nn.Module, batch: Mapping[str, Tensor]) -> fx.GraphModule:
         output.args = (_rebuild(skeleton, leaves, graph),)
     graph.set_codegen(fx.graph.CodeGen())  # plain keyword inputs in place of export's pytrees
     traced = fx.GraphModule(flat, graph, type(model).__name__)
-    _check_sizes(traced, exported.range_constraints)
     for name, child in model.named_children():
         if name in dict(traced.named_children()):
             traced.add_module(name, child)  # the model's own modules: what is moved or replaced there, the graph sees
-    return traced
-
-
-def _check_sizes(graph: fx.GraphModule, ranges: Mapping[Any, Any]) -> None:
-    """Refuse a model that branches on a size: the graph would have one branch, and take it for sizes of the other.
-
-    torch.export takes sizes of 0 and 1 to be special, which is no branch of the model's: they are proven to work.
-    """
-    for node in graph.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
-            known = ranges.get(size.node.expr) if isinstance(size, torch.SymInt) else None
-            if known is not None and known.lower > 2:
-                where = f"axis {axis} of {node.name!r}"
-                raise TraceError(f"the model branches on the size of {where}: its graph would hold for sizes from {known.lower} alone")
+    return traced, exported.range_constraints
 
 
 def _rebuild(skeleton: Any, leaves: list[Any], graph: fx.Graph) -> Any:
@@ -220,51 +206,10 @@ def _default_of(name: str, model: nn.Module, batch: Mapping[str, Tensor]) -> int
     if x.is_floating_point():
         return None
     try:
-        without = _run(model, {key: value for key, value in batch.items() if key != name})
+        without = outputs_of(model, {key: value for key, value in batch.items() if key != name})
     except Exception:  # whatever the model raises where the input is required
         return None
     for fill in (1, 0):
-        if _first_difference(without, _run(model, {**batch, name: torch.full_like(x, fill)})) is None:
+        if first_difference(without, outputs_of(model, {**batch, name: torch.full_like(x, fill)})) is None:
             return fill
     return None
-
-
-# ---- the proof ----
-
-
-@torch.no_grad()
-def _run(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(model(**batch)) if isinstance(leaf, Tensor)]
-
-
-def _first_difference(expected: list[Tensor], actual: list[Tensor]) -> int | None:
-    if len(expected) != len(actual):
-        return min(len(expected), len(actual))
-    for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        if a.shape != b.shape or not torch.equal(a, b):
-            return i
-    return None
-
-
-def _prove(graph: fx.GraphModule, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    graph.eval()
-    for batch in batches:
-        shapes = {name: list(x.shape) for name, x in batch.items()}
-        try:
-            expected = _run(model, batch)
-        except Exception as error:
-            raise TraceError(f"{type(model).__name__}: the model itself fails on inputs {shapes}: {error}") from error
-        if any(not x.isfinite().all() for x in expected if x.is_floating_point()):
-            raise TraceError(
-                f"{type(model).__name__}: its own output is not finite on inputs {shapes}; check its weights for NaN and infinity"
-            )
-        try:
-            actual = _run(graph, batch)
-        except Exception as error:
-            raise TraceError(f"{type(model).__name__}: the traced graph fails on inputs {shapes}: {error}") from error
-        if (i := _first_difference(expected, actual)) is not None:
-            a, b = (str(outputs[i]) if i < len(outputs) else "nothing" for outputs in (expected, actual))
-            raise TraceError(
-                f"{type(model).__name__}: on inputs {shapes} output {i} of the graph differs from the model's.\nmodel: {a}\ngraph: {b}\n"
-                "A branch on the values of an input, or state that the forward changes, cannot be traced"
-            )

@@ -109,9 +109,9 @@ class FakeQuantizer(nn.Module):
 
     def check_range(self, low: Tensor, high: Tensor) -> None:
         """Refuse a calibrated range that no grid can hold, with :class:`CalibrationError`."""
-        if not (low.isfinite().all() and high.isfinite().all()):
+        if not (high - low).isfinite().all():
             raise CalibrationError(
-                f"{self.name}: calibrated to [{low.min().item():.4g}, {high.max().item():.4g}]; expected finite values. "
+                f"{self.name}: calibrated to [{low.min().item():.4g}, {high.max().item():.4g}]; expected ends and width to be finite. "
                 "Check the model's weights and the batches for NaN and infinity"
             )
 
@@ -214,7 +214,7 @@ def fingerprint(x: Tensor) -> tuple[object, ...]:
     """A key that changes when ``x`` does, for the price of reading it once.
 
     Its storage and version counter, which every write that autograd can see moves, and the sum of its values, for writes
-    through ``.data``, which autograd cannot see.
+    through ``.data``, which autograd cannot see (one that is lost in the rounding of a float32 sum goes unnoticed).
     """
     if x.numel() == 1:
         return (x.item(),)

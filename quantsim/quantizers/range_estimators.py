@@ -163,11 +163,11 @@ class LeastNoise(Histogram):
     """The range of least quantization noise: ``sum (x - x_hat)^2`` inside plus ``clip_weight`` times it outside.
 
     ``clip_weight=1`` is the mean squared error (Bondarenko et al., 2021); 3 is AIMET's "TF-enhanced" choice, which
-    spares outliers. Searched over shrunk copies of the observed range: ends independently for asymmetric grids,
-    together for symmetric ones.
+    spares outliers. Searched over shrunk copies of the observed range, then more finely around the best: ends
+    independently for asymmetric grids, together for symmetric ones.
     """
 
-    CANDIDATES_SYMMETRIC, CANDIDATES_PER_END = 100, 32
+    CANDIDATES_SYMMETRIC, CANDIDATES_PER_END, FINER = 100, 32, 8
 
     def __init__(self, spec: QuantSpec, clip_weight: float) -> None:
         super().__init__(spec.axis)
@@ -177,23 +177,23 @@ class LeastNoise(Histogram):
     def range(self) -> tuple[Tensor, Tensor]:
         if not self._countable():
             return self.extremes.range()
-        low, high = (t.reshape(-1).clone() for t in self.extremes.range())
-        best_low, best_high = low.clone(), high.clone()
-        least = torch.full_like(low, torch.inf, dtype=torch.float64)
-        for shrink_low, shrink_high in self._candidates():
-            noise = self._noise(low * shrink_low, high * shrink_high)
-            better = noise < least
-            least = torch.where(better, noise, least)
-            best_low = torch.where(better, low * shrink_low, best_low)
-            best_high = torch.where(better, high * shrink_high, best_high)
-        return self._shape(best_low), self._shape(best_high)
+        low, high = (t.reshape(-1) for t in self.extremes.range())
+        count = self.CANDIDATES_SYMMETRIC if self.spec.symmetric else self.CANDIDATES_PER_END
+        best = torch.ones(2, len(low), dtype=low.dtype, device=low.device)  # how far each end is shrunk, [2, C]
+        best = self._search(low, high, best, [-i / count for i in range(count)])
+        best = self._search(low, high, best, [i / count / self.FINER for i in range(-self.FINER, self.FINER + 1)])
+        return self._shape(low * best[0]), self._shape(high * best[1])
 
-    def _candidates(self) -> list[tuple[float, float]]:
-        if self.spec.symmetric:
-            steps = [1 - i / self.CANDIDATES_SYMMETRIC for i in range(self.CANDIDATES_SYMMETRIC)]
-            return [(step, step) for step in steps]
-        steps = [1 - i / self.CANDIDATES_PER_END for i in range(self.CANDIDATES_PER_END)]
-        return [(a, b) for a in steps for b in steps]
+    def _search(self, low: Tensor, high: Tensor, around: Tensor, steps: list[float]) -> Tensor:
+        """The best of ``around`` plus each step (each pair of steps for asymmetric grids), never past the observed range; ``[2, C]``."""
+        pairs = [(a, a) for a in steps] if self.spec.symmetric else [(a, b) for a in steps for b in steps]
+        best, least = around, torch.full_like(low, torch.inf, dtype=torch.float64)
+        for pair in pairs:
+            shrunk = (around + around.new_tensor(pair)[:, None]).clamp(0.0, 1.0)
+            noise = self._noise(low * shrunk[0], high * shrunk[1])
+            best = torch.where(noise < least, shrunk, best)
+            least = torch.minimum(noise, least)
+        return best
 
     def _noise(self, low: Tensor, high: Tensor) -> Tensor:
         """Noise of each row on the range ``[low, high]``, ``[C]``."""

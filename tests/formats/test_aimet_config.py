@@ -164,3 +164,13 @@ def test_inputs_are_left_alone_unless_asked_for(write) -> None:
 def test_errors_name_the_file_and_the_field(write, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"(?s)zoo\.json: .*{message}"):
         read_aimet_config(write(values))
+
+
+def test_an_op_type_that_is_misspelt_is_warned_of_with_the_nearest(write) -> None:
+    with pytest.warns(UserWarning, match=r"op_type 'LayerNormalisation'.*nearest: LayerNormalization"):
+        read_aimet_config(write(changed("op_type", "LayerNormalisation", to=OFF)))
+
+
+def test_the_zoos_own_file_gives_no_warning(write, recwarn) -> None:
+    read_aimet_config(write(ZOO))
+    assert not recwarn.list

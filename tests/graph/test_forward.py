@@ -141,3 +141,11 @@ def test_more_outputs_than_were_traced_are_an_error_and_none_are_not(flag: str) 
 def test_a_missing_input_is_an_error_that_names_it() -> None:
     with pytest.raises(TypeError, match="input 'input_ids' is missing"):
         tiny_sim().model(attention_mask=torch.ones(2, 3, dtype=torch.long))
+
+
+def test_labels_that_give_the_model_no_loss_give_none_here() -> None:
+    batch = batch_for("BertForPreTraining", 2, 7)
+    batch["attention_mask"].fill_(1)
+    labels = {"labels": ids_like(2, 7, VOCAB)}  # of its two kinds of label, one
+    assert tiny_head("BertForPreTraining")(**batch, **labels).loss is None
+    assert tiny_sim("BertForPreTraining", calibrated=False).model(**batch, **labels).loss is None

@@ -181,3 +181,19 @@ def test_the_random_state_and_the_gradients_are_left_alone(odd) -> None:
     torch.manual_seed(3)
     assert torch.equal(torch.rand(4), drawn)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 10), (2, 1), (1, 1)], ids=str)
+def test_an_example_with_axes_of_one_fixes_no_size(shape: tuple[int, int]) -> None:
+    model = tiny_bert(num_hidden_layers=1)
+    graph = trace(model, tiny_batch(*shape))
+    with torch.no_grad():
+        assert_same(graph(**tiny_batch(3, 8)), model(**tiny_batch(3, 8)))
+
+
+def test_no_device_is_fixed() -> None:
+    model = tiny_bert(num_hidden_layers=1)
+    graph = trace(model)
+    model.to("meta")
+    batch = {name: x.to("meta") for name, x in tiny_batch().items()}
+    assert graph(**batch)[0].device.type == "meta"

@@ -52,10 +52,21 @@ class FixesItsBatch(Tiny):
         return {"logits": self.linear(x).view(2, 12, 4)}
 
 
-class BranchOnLength(Tiny):
+class LongIsDoubled(Tiny):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         y = self.linear(x)
         return {"logits": y * 2 if x.shape[1] > 8 else y}
+
+
+class VeryLongIsDoubled(Tiny):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.linear(x)
+        return {"logits": y * 2 if x.shape[1] >= 30 else y}
+
+
+class NeedsThree(Tiny):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.linear(x.unfold(1, 3, 1).sum(-1))}
 
 
 @pytest.fixture
@@ -85,15 +96,16 @@ def test_a_model_that_fails_on_another_shape_is_a_trace_error(example: dict[str,
         trace(FixesItsBatch().eval(), example)
 
 
-def test_a_branch_on_the_length_is_no_silent_error(example: dict[str, Tensor]) -> None:
-    """The trace may refuse, or the graph may where the other branch would be taken; values of the wrong branch are a bug."""
-    model = BranchOnLength().eval()
-    short = example["x"][:, :4]
-    try:
-        actual = trace(model, example)(x=short)["logits"]
-    except (TraceError, RuntimeError, ValueError):
-        return
-    assert torch.equal(actual, model(short)["logits"])
+@pytest.mark.parametrize(("model_class", "size"), [(LongIsDoubled, 8), (VeryLongIsDoubled, 30)], ids=["below", "above"])
+def test_a_branch_on_the_length_is_refused_at_its_bound(model_class: type[Tiny], size: int, example: dict[str, Tensor]) -> None:
+    with pytest.raises(TraceError, match=rf"(?s)\[2, {size}, 4\].*differs.*size of an input"):
+        trace(model_class().eval(), example)
+
+
+def test_a_length_that_the_model_itself_refuses_is_no_branch(example: dict[str, Tensor]) -> None:
+    model = NeedsThree().eval()
+    shortest = example["x"][:, :3]
+    assert torch.equal(trace(model, example)(x=shortest)["logits"], model(shortest)["logits"])
 
 
 def test_weights_that_are_not_finite_are_named_as_the_cause() -> None:

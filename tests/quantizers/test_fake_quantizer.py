@@ -172,6 +172,15 @@ def test_values_that_are_not_finite_are_refused_by_name(estimator: str, bad: flo
         calibrate()
 
 
+def test_a_range_too_wide_for_float32_is_refused_by_name() -> None:
+    quantizer = FakeQuantizer(QuantSpec(), "here")
+    quantizer.state = State.ESTIMATING
+    quantizer(torch.tensor([-3e38, 3e38]))
+    with pytest.raises(CalibrationError, match=r"here: .*width to be finite"):
+        quantizer.finish_estimating()
+    assert quantizer.state is State.OFF
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_nothing_observed_is_refused_by_name(estimator: str) -> None:
     quantizer = FakeQuantizer(QuantSpec(estimator=estimator), "some.edge")

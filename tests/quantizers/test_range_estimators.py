@@ -173,10 +173,7 @@ def samples(name: str) -> Tensor:
 def test_least_noise_is_near_the_best_of_a_fine_grid(
     estimator: str, clip_weight: float, symmetric: bool, bits: int, distribution: str
 ) -> None:
-    """The brute-force grid tries 400 symmetric ranges, or 40 × 40 asymmetric ones, on the values themselves.
-
-    Within 1% for one end, and 3% for two: the estimator's steps are then 1/32 of the observed range.
-    """
+    """Within 1% of 400 symmetric ranges, or 40 × 40 asymmetric ones, tried on the values themselves."""
     spec = QuantSpec(bits=bits, symmetric=symmetric, estimator=estimator)
     x = samples(distribution)
     found = [end.double().reshape(1) for end in estimate(spec, x.float())]
@@ -185,7 +182,7 @@ def test_least_noise_is_near_the_best_of_a_fine_grid(
     best = min(
         noise(x, low, high, spec, clip_weight).min() for low, high in zip((x.min() * a).split(400), (x.max() * b).split(400), strict=True)
     )
-    assert noise(x, *found, spec, clip_weight).item() <= (1.01 if symmetric else 1.03) * best.item()
+    assert noise(x, *found, spec, clip_weight).item() <= 1.01 * best.item()
 
 
 def test_clipping_counted_three_times_clips_less() -> None:
