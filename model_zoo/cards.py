@@ -13,6 +13,7 @@ from quantsim import CheckpointError
 from quantsim.formats.checkpoint import file_sha256
 
 BUNDLES = Path(__file__).resolve().parent / "bundles"
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CARD, FP32, W8A8, CONFIG = "card.json", "fp32.safetensors", "w8a8.safetensors", "config.json"
 FILES = (FP32, W8A8, CONFIG)
 
@@ -127,15 +128,22 @@ def find(name: str) -> Card:
         CheckpointError: its card is broken, or is another one's.
     """
     if name not in published():
-        task = name.removeprefix("bert_w8a8_")
-        raise NotPublishedError(
-            f"{name}: not published yet (published: {', '.join(published()) or 'none'}); "
-            f"train it with `python recipes/bert_qat.py --recipe recipes/bert_w8a8/{task}.yaml`"
-        )
+        raise NotPublishedError(f"{name}: not published yet (published: {', '.join(published()) or 'none'}); {how_to_train(name)}")
     card = read_card(BUNDLES / name)
     if card.name != name:
         raise CheckpointError(f"{card.path}: name is {card.name!r}; expected {name!r}, as its folder")
     return card
+
+
+def how_to_train(name: str) -> str:
+    """The command that trains a checkpoint: by its own recipe, or while that is not written by RTE's with another task."""
+    task = name.removeprefix("bert_w8a8_")
+    program, folder = "python recipes/bert_qat.py --recipe recipes/bert_w8a8", RECIPES / "bert_w8a8"
+    if (folder / f"{task}.yaml").is_file():
+        return f"train it with `{program}/{task}.yaml`"
+    if task == "squad":
+        return "it cannot be trained here yet: bert_qat.py trains classifiers and regressions, and SQuAD's answers are spans"
+    return f"its recipe is not written yet; RTE's trains it: `{program}/rte.yaml --name {name} --task {task} --intermediate null`"
 
 
 # ---- hashes ----

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 
-from model_zoo.cards import find, published
+from model_zoo.cards import find, how_to_train, published
 from quantsim import CalibrationError, CheckpointError, ConfigError, QuantConfig, TraceError
 from quantsim.config import near
 from recipes.artifacts import Artifact, resolve
@@ -92,7 +92,7 @@ def listing() -> str:
             card = find(name)
             state = f"published, from {card.base_model['name']}"
         else:
-            state = f"recipe only: python recipes/bert_qat.py --recipe recipes/bert_w8a8/{task.name}.yaml"
+            state = f"not published: {how_to_train(name)}"
         rows.append((name, ", ".join(task.metrics), ", ".join(task.splits), state))
     return tabulate(rows, headers=("model config", "metrics", "splits", "checkpoint"), tablefmt="github")
 

@@ -133,7 +133,7 @@ def test_list_needs_nothing_else(bundle: Card, monkeypatch: pytest.MonkeyPatch, 
     out = capsys.readouterr().out
     assert all(name in out for name in MODEL_CONFIGS)
     assert "published, from" in out
-    assert out.count("recipe only") == 8
+    assert out.count("not published") == 8
 
 
 def test_defaults_are_aimet_s() -> None:
@@ -171,11 +171,19 @@ def test_a_number_that_makes_no_sense(flag: str, capsys: pytest.CaptureFixture[s
     assert f"{flag} 0: expected 1 or more" in refusal(main(["--model_config", "bert_w8a8_rte", flag, "0"]), capsys)
 
 
-def test_recipe_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("rte", "train it with `python recipes/bert_qat.py --recipe recipes/bert_w8a8/rte.yaml`"),
+        ("qqp", "recipes/bert_w8a8/rte.yaml --name bert_w8a8_qqp --task qqp --intermediate null`"),
+        ("squad", "cannot be trained here yet"),
+    ],
+)
+def test_not_published(task: str, answer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cards, "BUNDLES", tmp_path)
-    message = refusal(main(["--model_config", "bert_w8a8_qqp"]), capsys)
+    message = refusal(main(["--model_config", f"bert_w8a8_{task}"]), capsys)
     assert "not published yet" in message
-    assert "python recipes/bert_qat.py --recipe recipes/bert_w8a8/qqp.yaml" in message
+    assert answer in message
 
 
 def test_no_such_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
