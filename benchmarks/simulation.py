@@ -5,7 +5,7 @@
 Ratios are medians over rounds of (ours / FP32 in the same round); FP32 is the transformers model as it loads, with fused
 attention. The floor is the ratio if each quantizer were one fused kernel at this machine's measured copy rate: it must
 read and write its tensor once (evaluation), read it once (calibration), or in a QAT step read it, write the result and
-what backward needs, then read that and the gradient and write a gradient.
+what backward needs, then read that and the gradient and write a gradient (fused kernels need nothing written: they keep the input).
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from quantsim import QuantSim
+from quantsim.numerics.fused import fused_kernels
 from quantsim.quantizers.fake_quantizer import State, WeightQuantizer
 
 SHAPES = {
     "BERT-base shape (12x768)": BertConfig(num_labels=2),
     "MiniLM shape (6x384)": BertConfig(num_labels=2, hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
 }
-COPIES = {"evaluation": 1.0, "calibration": 0.5, "QAT step": 3.0}  # a copy is one read and one write
+COPIES = {"evaluation": 1.0, "calibration": 0.5, "QAT step": 3.0, "QAT step, fused": 2.5}  # a copy is one read and one write
 
 
 @dataclass
@@ -95,6 +96,18 @@ def qat_step(work: Work) -> tuple[Callable[[], object], Callable[[], object]]:
     return run(work.model), run(work.sim.model)
 
 
+def fused_qat_step(work: Work) -> tuple[Callable[[], object], Callable[[], object]]:
+    """:func:`qat_step` with the fake quantizers as compiled kernels."""
+    fp32, ours = qat_step(work)
+
+    def step() -> None:
+        with fused_kernels() as works:
+            assert works, "torch.compile needs a C++ compiler"
+            ours()
+
+    return fp32, step
+
+
 def interleaved(pair: tuple[Callable[[], object], Callable[[], object]], rounds: int) -> list[tuple[float, float]]:
     for work in pair:
         work()
@@ -140,7 +153,7 @@ def copy_rate(elements: int = 1 << 20) -> float:
 def floor(kind: str, elements: tuple[int, int], fp32: float) -> float:
     """The least ratio to FP32 at the measured copy rate; frozen weights cost nothing outside training."""
     activations, weights = elements
-    return 1 + COPIES[kind] * (activations + weights * (kind == "QAT step")) / copy_rate() / fp32
+    return 1 + COPIES[kind] * (activations + weights * kind.startswith("QAT")) / copy_rate() / fp32
 
 
 def main() -> None:
@@ -156,7 +169,12 @@ def main() -> None:
     for name, config in SHAPES.items():
         work = make(config, args.rows, args.length)
         elements = quantized_elements(work)
-        for kind, pair in (("evaluation", evaluation), ("QAT step", qat_step), ("calibration", calibration)):
+        for kind, pair in (
+            ("evaluation", evaluation),
+            ("QAT step", qat_step),
+            ("QAT step, fused", fused_qat_step),
+            ("calibration", calibration),
+        ):
             times = interleaved(pair(work), args.rounds)
             ratios = sorted(ours / fp32 for fp32, ours in times)
             least = floor(kind, elements, statistics.median(fp32 for fp32, _ in times))

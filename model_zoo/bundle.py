@@ -2,7 +2,8 @@
 
 A file holds whole tensors under their ``state_dict`` names, pairs ``<name>.low_rank.up`` ``[out, rank]`` and
 ``<name>.low_rank.down`` ``[rank, in]`` that stand for ``base + up @ down``, and for a quantized model its ranges,
-``quantizers.<name>.min`` / ``.max``. Everything else is the base's.
+``quantizers.<name>.min`` / ``.max``. Everything else is the base's. Weights may be in float16 (:func:`in_half`) and are used in the
+model's dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from model_zoo.cards import CONFIG, FP32, W8A8, Card, check_file
+from model_zoo.cards import Card, check_file
+from model_zoo.format import CONFIG, FP32, W8A8
 from quantsim import CheckpointError, ConfigError, QuantConfig, QuantSim, State
 from quantsim.config import near
 from recipes.base_model import base_model_folder, base_weights_sha256
@@ -45,6 +47,27 @@ class Delta:
 
 
 # ---- write ----
+
+
+def in_half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a published file holds: float32 weights in float16, which halves it.
+
+    A weight is then off by up to 2⁻¹¹ of itself (2⁻²⁵ where it is below 2⁻¹⁴), far less than half a step of an 8-bit grid. A
+    checkpoint is measured on the files as they are written (``publish.write_bundle``), so its figures are those of the rounded
+    weights. A tensor with a value that float16 does not reach, and every range, stays as it is.
+
+    >>> halved = in_half({"small": torch.tensor([0.1]), "large": torch.tensor([1e6]), "quantizers.x.min": torch.tensor([-0.1])})
+    >>> [x.dtype for x in halved.values()]
+    [torch.float16, torch.float32, torch.float32]
+    """
+    return {name: x if name.startswith(RANGES) else _half(x) for name, x in tensors.items()}
+
+
+def _half(x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        return x
+    half = x.to(torch.float16)
+    return half if half.isfinite().all() else x
 
 
 def write_delta(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -138,15 +161,20 @@ def _apply(model: nn.Module, delta: Delta, path: Path) -> None:
             f"{path}: {type(model).__name__} has no weight {unknown[0]} (nearest: {near(unknown[0], state, 1)}); {len(unknown)} such names"
         )
     for name, x in delta.whole.items():
-        _check_fit(path, name, list(x.shape), x.dtype, state[name])
+        _check_fit(path, name, list(x.shape), _used_as(x, state[name]), state[name])
     for name, (up, down) in delta.low_rank.items():
-        _check_fit(path, f"{name}{UP} @ {DOWN[1:]}", [up.shape[0], down.shape[1]], up.dtype, state[name])
-        _check_fit(path, name + DOWN, list(state[name].shape), down.dtype, state[name])
+        _check_fit(path, f"{name}{UP} @ {DOWN[1:]}", [up.shape[0], down.shape[1]], _used_as(up, state[name]), state[name])
+        _check_fit(path, name + DOWN, list(state[name].shape), _used_as(down, state[name]), state[name])
     for name, x in delta.whole.items():
         state[name].copy_(x)
     for name, (up, down) in delta.low_rank.items():
         base = state[name]  # [out, in]
-        base.copy_(base + up.to(base.device) @ down.to(base.device))
+        base.copy_(base + up.to(base) @ down.to(base))
+
+
+def _used_as(x: Tensor, expected: Tensor) -> torch.dtype:
+    """The dtype in which a stored weight is used: float16 is only how a float32 weight is stored."""
+    return torch.float32 if x.dtype == torch.float16 and expected.dtype == torch.float32 else x.dtype
 
 
 def _check_fit(path: Path, name: str, shape: list[int], dtype: torch.dtype, expected: Tensor) -> None:
@@ -231,7 +259,7 @@ def _base_model(card: Card, base_model_loader: Callable[[str], str]) -> tuple[Pr
                 f"base model {name}: sha256 of its weights is {sha256}; {card.path} was made from {card.base_model['sha256']}"
             )
         with torch.random.fork_rng(devices=[]):  # a new head's first values are replaced; the caller's random state stays
-            loaded: Any = cls.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
+            loaded: Any = cls.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"base model {name}: cannot be read ({error}). {card.base_model['source']}") from error
     finally:

@@ -9,36 +9,39 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from model_zoo.format import CARD, RECIPE_ONLY, check_card
 from quantsim import CheckpointError
 from quantsim.formats.checkpoint import file_sha256
 
 BUNDLES = Path(__file__).resolve().parent / "bundles"
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-CARD, FP32, W8A8, CONFIG = "card.json", "fp32.safetensors", "w8a8.safetensors", "config.json"
-FILES = (FP32, W8A8, CONFIG)
-
-_NESTED = {"base_model": ("name", "hub_id", "source", "sha256"), "metrics": ("fp32", "ptq", "qat")}
 
 
 class NotPublishedError(CheckpointError):
-    """No checkpoint of this name is bundled; the message names the command that trains it."""
+    """There is no checkpoint of this name; the message names the command that trains it."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """One published checkpoint, ``model_zoo/bundles/<name>/card.json``.
+    """One config of the zoo, ``model_zoo/bundles/<name>/card.json``.
 
     Attributes:
         name: ``"bert_w8a8_rte"``.
         task: a name of ``recipes.tasks``.
+        where: its files are ``"bundled"`` (beside the card), in ``"hub:owner/name@revision"``, under a base URL, or there are none
+            and it is ``"recipe only"``: then it has no files and no figures.
+        note: a sentence for the reader; may be empty.
         framework: what wrote it, with its version.
-        base_model: ``name``, ``hub_id``, ``source`` (where else it is to be had) and the ``sha256`` of its weights file.
+        base_model: ``name``, ``hub_id``, ``source`` (where else it is to be had), the ``sha256`` of its weights file, and the
+            ``revision`` on the Hub (empty where it is not known: the hash decides).
         recipe: the recipe's path from the repository's root.
         hyper_parameters: all that the recipe set.
         seed: of the published run.
         quantization: ``QuantConfig.to_dict()``.
         num_labels: classes; 1 is regression.
         metrics: ``fp32``, ``ptq`` and ``qat``, each with the figures in percent, ``rows`` and ``split``.
+        estimators: PTQ by range estimator, each as in ``metrics``; may be empty.
+        sweep: the headline metric over ``seeds``: ``fp32``, ``ptq`` and ``qat``, each with its ``values``, ``median``, ``least``
+            and ``greatest``; may be empty.
         versions: of the libraries.
         date: ISO.
         licence: of the weights.
@@ -49,6 +52,8 @@ class Card:
 
     name: str
     task: str
+    where: str
+    note: str
     framework: str
     base_model: Mapping[str, str]
     recipe: str
@@ -57,6 +62,8 @@ class Card:
     quantization: Mapping[str, Any]
     num_labels: int
     metrics: Mapping[str, Mapping[str, Any]]
+    estimators: Mapping[str, Mapping[str, Any]]
+    sweep: Mapping[str, Any]
     versions: Mapping[str, str]
     date: str
     licence: str
@@ -79,55 +86,58 @@ def read_card(folder: str | Path) -> Card:
     """The card in a bundle's folder.
 
     Raises:
-        CheckpointError: missing, no JSON, a field that is missing, unknown or of another type, a file name that is a path.
+        CheckpointError: missing, or as :func:`parse_card`.
     """
-    folder = Path(folder)
-    path = folder / CARD
+    path = Path(folder) / CARD
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; expected a bundle of the zoo") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable ({error})") from error
+    return parse_card(text, str(path), path.parent)
+
+
+def parse_card(text: bytes, path: str, folder: Path) -> Card:
+    """A card from its text.
+
+    Args:
+        text: JSON.
+        path: names it in messages: a file or a URL.
+        folder: where its files are, or will be.
+
+    Raises:
+        CheckpointError: no JSON, or as ``model_zoo.format.check_card``.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
-    _check(path, values)
+    check_card(path, values, _FIELDS)
     return Card(**values, folder=folder)
 
 
-def _check(path: Path, values: Any) -> None:
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: is a {type(values).__name__}; expected an object")
-    known = {f.name: f.type for f in fields(Card) if f.name != "folder"}
-    if missing := [name for name in known if name not in values]:
-        raise CheckpointError(f"{path}: no field {', '.join(missing)}")
-    if unknown := [name for name in values if name not in known]:
-        raise CheckpointError(f"{path}: unknown field {', '.join(unknown)}; the fields are {', '.join(known)}")
-    for name, kind in known.items():
-        expected = dict if str(kind).startswith("Mapping") else {"str": str, "int": int}[str(kind)]
-        if not isinstance(values[name], expected) or isinstance(values[name], bool):
-            raise CheckpointError(f"{path}: {name} is {values[name]!r}; expected {expected.__name__}")
-    for name, parts in _NESTED.items():
-        if missing := [part for part in parts if part not in values[name]]:
-            raise CheckpointError(f"{path}: {name} has no {', '.join(missing)}")
-    for name, record in values["files"].items():
-        if Path(name).name != name or not isinstance(record, dict) or set(record) != {"size", "sha256"}:
-            raise CheckpointError(f"{path}: files.{name} is {record!r}; expected a plain file name with size and sha256")
-    if missing := [name for name in FILES if name not in values["files"]]:
-        raise CheckpointError(f"{path}: files has no {', '.join(missing)}")
+_FIELDS = {f.name: str(f.type) for f in fields(Card) if f.name != "folder"}
 
 
-def published() -> list[str]:
-    """The names of the bundled checkpoints."""
+def names() -> list[str]:
+    """Every config that has a card."""
     return sorted(path.parent.name for path in BUNDLES.glob(f"*/{CARD}"))
 
 
+def published() -> list[str]:
+    """The configs whose card names files."""
+    return [name for name in names() if read_card(BUNDLES / name).where != RECIPE_ONLY]
+
+
 def find(name: str) -> Card:
-    """A bundled checkpoint's card.
+    """A config's card.
 
     Raises:
         NotPublishedError: there is none of this name; the message names the command that trains it.
         CheckpointError: its card is broken, or is another one's.
     """
-    if name not in published():
+    if name not in names():
         raise NotPublishedError(f"{name}: not published yet (published: {', '.join(published()) or 'none'}); {how_to_train(name)}")
     card = read_card(BUNDLES / name)
     if card.name != name:
@@ -136,14 +146,12 @@ def find(name: str) -> Card:
 
 
 def how_to_train(name: str) -> str:
-    """The command that trains a checkpoint: by its own recipe, or while that is not written by RTE's with another task."""
-    task = name.removeprefix("bert_w8a8_")
-    program, folder = "python recipes/bert_qat.py --recipe recipes/bert_w8a8", RECIPES / "bert_w8a8"
-    if (folder / f"{task}.yaml").is_file():
-        return f"train it with `{program}/{task}.yaml`"
-    if task == "squad":
-        return "it cannot be trained here yet: bert_qat.py trains classifiers and regressions, and SQuAD's answers are spans"
-    return f"its recipe is not written yet; RTE's trains it: `{program}/rte.yaml --name {name} --task {task} --intermediate null`"
+    """The command that trains a config's checkpoint.
+
+    >>> how_to_train("bert_w8a8_qnli")
+    'train it with `python recipes/bert_qat.py --recipe recipes/bert_w8a8/qnli.yaml`'
+    """
+    return f"train it with `python recipes/bert_qat.py --recipe recipes/bert_w8a8/{name.removeprefix('bert_w8a8_')}.yaml`"
 
 
 # ---- hashes ----
@@ -182,7 +190,7 @@ def write_card(card: Card, folder: str | Path) -> None:
     """Write ``card.json``, whole or not at all, and only if :func:`read_card` would take it."""
     values = card.to_dict()
     path = Path(folder) / CARD
-    _check(path, json.loads(json.dumps(values, allow_nan=False)))
+    check_card(str(path), json.loads(json.dumps(values, allow_nan=False)), _FIELDS)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         file = Path(staging) / CARD
         file.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from quantsim.graph.forward import GraphForward, run_on_graph
 from quantsim.graph.place import Placement, place
 from quantsim.graph.trace import trace
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State, WeightQuantizer
+from quantsim.quantizers.processes import on_every_process, world_size
+from quantsim.quantizers.range_estimators import Statistics
 from quantsim.report.coverage import coverage_table, summary
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers, weights_of
@@ -118,28 +120,27 @@ class QuantSim:
     def compute_encodings(self, data: Data, *args: Any) -> None:
         """Calibrate: find a range for every quantizer. Weights need no data; activations see ``data`` with weights quantized.
 
+        Where ``torch.distributed`` runs more than one process, each calls this with batches of its own, none at all allowed
+        on some, and all get the ranges that one process would find on all the batches: the first batch of every process in
+        the order of ranks, then the second of each, and so on (the order matters to ``running_min_max`` alone).
+
         Args:
             data: an iterable of batches by keyword (a list, a ``DataLoader``), labels allowed and ignored; or a callable
                 that is given the model (AIMET's form), and ``args`` after it.
 
         Raises:
             CalibrationError: no data, an empty batch, values that are not finite, or an attention mask that was never
-                clamped. The ranges are then what they were before.
+                clamped, on any process. The ranges are then what they were before.
         """
         quantizers = self.quantizers
         before = {q: (q.state, q.min.detach().clone(), q.max.detach().clone()) for q in quantizers.values()}
         training = self.model.training
         try:
             self.model.eval()
-            for weight_quantizer, weight in weights_of(self.graph):
-                weight_quantizer.state = State.ESTIMATING
-                weight_quantizer.observe(weight)
-                weight_quantizer.finish_estimating()
             activations = [q for q in quantizers.values() if not isinstance(q, WeightQuantizer)]
-            for quantizer in activations:
-                quantizer.state = State.ESTIMATING
-            data(self.model, *args) if callable(data) else self._run(data)
-            for quantizer in activations:
+            everyone = on_every_process(lambda: self._estimate(activations, data, args), CalibrationError)
+            for quantizer, statistics in zip(activations, zip(*everyone, strict=True), strict=True):
+                quantizer.estimator.merge(statistics)
                 quantizer.finish_estimating()
         except BaseException:
             for quantizer, (state, low, high) in before.items():
@@ -147,6 +148,17 @@ class QuantSim:
             raise
         finally:
             self.model.train(training)
+
+    def _estimate(self, activations: Sequence[FakeQuantizer], data: Data, args: Sequence[Any]) -> list[Statistics]:
+        """Finish the weights, send ``data`` through the model, and say what each of the activations' estimators keeps of it."""
+        for weight_quantizer, weight in weights_of(self.graph):
+            weight_quantizer.state = State.ESTIMATING
+            weight_quantizer.observe(weight)
+            weight_quantizer.finish_estimating()
+        for quantizer in activations:
+            quantizer.state = State.ESTIMATING
+        data(self.model, *args) if callable(data) else self._run(data)
+        return [quantizer.estimator.statistics() for quantizer in activations]
 
     def _run(self, batches: Iterable[Batch]) -> None:
         device = next(self.model.parameters()).device
@@ -162,7 +174,7 @@ class QuantSim:
                 shapes = {name: list(x.shape) for name, x in taken.items()}
                 raise CalibrationError(f"batch {count - 1} is empty: {shapes}")
             self.model(**taken)
-        if not count:
+        if not count and world_size() == 1:  # of several processes some may have none
             raise CalibrationError("no batches to calibrate with; a DataLoader or generator that was used up before gives none")
 
     # ---- save and load ----

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_zoo.bundle import load_float, load_simulation
-from model_zoo.cards import CARD, Card, find, published, read_card, verify
+from model_zoo.cards import Card, find, names, published, read_card, verify
+from model_zoo.fetch import fetch_card, fetch_files, place_of
+from model_zoo.format import BUNDLED, CARD
 from quantsim import CheckpointError, QuantSim
 from quantsim.config import near
 from quantsim.formats.checkpoint import MODEL_CONFIG, SIM, WEIGHTS, file_sha256, load_checkpoint
@@ -71,35 +73,47 @@ def resolve(model_config: str, checkpoint: str | None, task: Task, base_model: s
 
     Args:
         model_config: a name of ``recipes.tasks.MODEL_CONFIGS``; evaluated where no checkpoint is given.
-        checkpoint: a card's name, a bundle's folder, or a folder written by ``QuantSim.save_pretrained``.
+        checkpoint: a folder (a bundle, or written by ``QuantSim.save_pretrained``), a card's name, a Hub id ``owner/name`` or
+            ``owner/name@revision`` of a repository that holds a bundle, or the URL of one.
         task: what the checkpoint must be for.
         base_model: a folder or Hub id to take the base's weights from; the hash in the card decides if they are the right ones.
 
     Raises:
-        CheckpointError: not published, a folder that holds no checkpoint, a file that its card does not describe.
+        CheckpointError: not published, not to be had, a folder that holds no checkpoint, a file that its card does not describe.
         RecipeError: no such checkpoint, or one of another task.
     """
     if checkpoint is None:
         return from_card(find(model_config), task, base_model)
     folder = Path(checkpoint)
-    if not folder.is_dir():
-        if checkpoint not in published():
-            raise RecipeError(
-                f"--checkpoint {checkpoint}: no such folder, and no published checkpoint either "
-                f"(published: {', '.join(published()) or 'none'}; nearest: {near(checkpoint, published(), 1)})"
-            )
+    if folder.is_dir():
+        if (folder / CARD).is_file():
+            return from_card(_here(read_card(folder)), task, base_model)
+        if (folder / SIM).is_file():
+            return from_folder(folder, task)
+        raise RecipeError(f"--checkpoint {checkpoint}: holds neither {CARD} (a bundle) nor {SIM} (written by QuantSim.save_pretrained)")
+    if checkpoint in names():
         return from_card(find(checkpoint), task, base_model)
-    if (folder / CARD).is_file():
-        return from_card(read_card(folder), task, base_model)
-    if (folder / SIM).is_file():
-        return from_folder(folder, task)
-    raise RecipeError(f"--checkpoint {checkpoint}: holds neither {CARD} (a bundle) nor {SIM} (written by QuantSim.save_pretrained)")
+    if place := place_of(checkpoint):
+        try:
+            return from_card(fetch_card(place), task, base_model)
+        except CheckpointError as error:
+            raise CheckpointError(f"--checkpoint {checkpoint}: no folder here, so it was looked for at {place}: {error}") from error
+    raise RecipeError(
+        f"--checkpoint {checkpoint}: no such folder, no Hub id (owner/name) or URL, and no published checkpoint either "
+        f"(published: {', '.join(published()) or 'none'}; nearest: {near(checkpoint, published(), 1)})"
+    )
+
+
+def _here(card: Card) -> Card:
+    """A card that was found in a folder: its files are beside it, wherever else they may be had."""
+    return replace(card, where=BUNDLED) if card.files else card
 
 
 def from_card(card: Card, task: Task, base_model: str | None = None) -> Artifact:
-    """A bundle of the zoo, verified."""
+    """A card's checkpoint: fetched where it is elsewhere, verified."""
     if card.task != task.name:
         raise RecipeError(f"{card.path}: is a checkpoint for {card.task}; --model_config asks for {task.name}")
+    card = fetch_files(card)
     verify(card)
     name = card.base_model["name"]
     source = base_model_folder(base_model or name)

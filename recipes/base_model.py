@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -61,8 +67,10 @@ def base_weights_sha256(folder: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_base(name: str, num_labels: int, *, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier in float32 on a base model, and its tokenizer. The head is new, and drawn from ``seed``.
+def load_base(name: str, num_labels: int, *, span: bool = False, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier, or with ``span`` a question answerer, in float32 on a base model, and its tokenizer.
+
+    The head is new, and drawn from ``seed``.
 
     Args:
         name: a Hub id or a folder.
@@ -73,13 +81,13 @@ def load_base(name: str, num_labels: int, *, seed: int = 0) -> tuple[PreTrainedM
         RecipeError: no such model.
     """
     folder = base_model_folder(name)
-    model, _ = _load(folder, num_labels, seed)
+    model, _ = _load(folder, num_labels, seed, span)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def base_state(name: str, num_labels: int) -> dict[str, Tensor]:
+def base_state(name: str, num_labels: int, *, span: bool = False) -> dict[str, Tensor]:
     """The weights that the base model itself brings to a classifier, by the classifier's names: all but what is new in it."""
-    model, new = _load(base_model_folder(name), num_labels, seed=0)
+    model, new = _load(base_model_folder(name), num_labels, 0, span)
     return {key: x for key, x in model.state_dict().items() if key not in new}
 
 
@@ -95,15 +103,14 @@ def set_dropouts(model: PreTrainedModel, hidden: float, attention: float) -> Non
             model.get_submodule(path).p = module.p  # type: ignore[assignment]
 
 
-def _load(folder: str, num_labels: int, seed: int) -> tuple[PreTrainedModel, set[str]]:
+def _load(folder: str, num_labels: int, seed: int, span: bool) -> tuple[PreTrainedModel, set[str]]:
     if not Path(folder).is_dir():
         hub_reachable()  # decides within seconds, where transformers would try for minutes
+    auto = AutoModelForQuestionAnswering if span else AutoModelForSequenceClassification
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=num_labels, dtype=torch.float32, output_loading_info=True
-            )
+            model, info = auto.from_pretrained(folder, num_labels=num_labels, dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError) as error:
             expected = "expected a model's folder, or a Hub id and the Hub in reach"
             raise RecipeError(f"base_model: {folder} cannot be read; {expected} ({error})") from error

@@ -27,8 +27,11 @@ from recipes.base_model import base_state, load_base
 from recipes.data import load_rows, rows_sha256
 from recipes.hub import go_offline
 from recipes.low_rank import low_rank_delta, merged
-from recipes.recipe import Recipe, read_recipe
-from recipes.stages import Run, fine_tune, quantize, train_quantized
+from recipes.quantized_stages import compare_estimators, quantize, train_quantized
+from recipes.reading import read_recipe
+from recipes.recipe import Recipe
+from recipes.run import Run
+from recipes.stages import fine_tune
 from recipes.tasks import RecipeError, Task, find_task
 
 
@@ -41,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RecipeError, CheckpointError, ConfigError, TraceError, CalibrationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n" + table(run))
+    run.say("\n" + table(run))
     if card is not None:
-        print(f"\nbundle: {card.folder} ({sum(record['size'] for record in card.files.values()) / 1e6:.1f} MB)")
+        run.say(f"\nbundle: {card.folder} ({sum(record['size'] for record in card.files.values()) / 1e6:.1f} MB)")
     return 0
 
 
@@ -51,18 +54,22 @@ def follow(run: Run) -> Card | None:
     """Every stage in turn; the card of the bundle that was written, if the stages go so far."""
     model, key = fine_tune(run)
     teacher = merged(model)
-    run.measure("fp32", teacher)
     if run.args.stage == "fp32":
-        write_results(run.folder, results(run))
+        run.measure("fp32", teacher)
+        if run.processes.is_main_process:
+            write_results(run.folder, results(run))
         return None
-    base = base_state(run.recipe.base_model, run.task.num_labels)
+    base = base_state(run.recipe.base_model, run.task.num_labels, span=run.task.span)
     fp32 = low_rank_delta(model, base)
+    compare_estimators(run, model)
     sim = quantize(run, model)
     run.measure("ptq", sim.model)
     train_quantized(run, sim, teacher, key)
     card = write_bundle(run.folder / "bundle", fp32, low_rank_delta(sim.model, base), sim, description(run), run.measure)
-    write_results(run.folder, results(run))
-    return publish(card) if run.args.publish else card
+    if run.processes.is_main_process:
+        write_results(run.folder, results(run))
+        card = publish(card) if run.args.publish else card
+    return card
 
 
 # ---- data ----
@@ -73,28 +80,35 @@ def prepare(recipe: Recipe, args: argparse.Namespace) -> Run:
     if args.offline:
         go_offline()
     task = find_task(recipe.task)
-    if task.span:
-        raise RecipeError(f"task: {task.name} answers with spans; this program trains classifiers and regressions")
-    train_rows, _ = load_rows(task, recipe.dataset, "train")
+    dataset = recipe.dataset or task.hub_id
+    train_rows, _ = load_rows(task, dataset, recipe.train_split)
     split = task.splits[0]
-    if args.fold is None:
-        eval_rows, _ = load_rows(task, recipe.dataset, split)
-    else:
+    if args.fold is not None:
         train_rows, eval_rows = in_folds(train_rows, task, args.folds, args.fold)
-        split = f"fold {args.fold} of {args.folds} of train"
+        split = f"fold {args.fold} of {args.folds} of {recipe.train_split}"
+    elif recipe.train_split in task.splits:
+        raise RecipeError(
+            f"train_split: {recipe.train_split} is what {task.name} is measured on; give --fold too, to measure on a part of it"
+        )
+    else:
+        eval_rows, _ = load_rows(task, dataset, split)
     if args.max_train_rows is not None:
         train_rows = train_rows.select(range(min(args.max_train_rows, len(train_rows))))
     if args.max_eval_rows is not None:
         eval_rows = eval_rows.select(range(min(args.max_eval_rows, len(eval_rows))))
-    _, tokenizer = load_base(recipe.base_model, task.num_labels)
+    _, tokenizer = load_base(recipe.base_model, task.num_labels, span=task.span)
     return Run(recipe, args, task, train_rows, eval_rows, split, tokenizer, args.output_dir or Path("runs") / recipe.name)
 
 
 def in_folds(rows: Dataset, task: Task, folds: int, fold: int) -> tuple[Dataset, Dataset]:
-    """All other folds, and one. Rows with the same first text stay together: what was learned on a premise cannot be scored on it."""
+    """All other folds, and one.
+
+    Rows with the same first text (for spans, context) stay together: what was learned on it cannot be scored on it.
+    """
     if not 0 <= fold < folds:
         raise RecipeError(f"--fold {fold}: expected 0 to {folds - 1}, for --folds {folds}")
-    of_row = [int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % folds for text in rows[task.columns[0]]]
+    shared = task.columns[1] if task.span else task.columns[0]
+    of_row = [int(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest(), 16) % folds for text in rows[shared]]
     inside = [i for i, k in enumerate(of_row) if k == fold]
     outside = [i for i, k in enumerate(of_row) if k != fold]
     return rows.select(outside), rows.select(inside)
@@ -119,6 +133,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument("--max_steps", type=int, help="optimizer steps of each stage, for trials")
     parser.add_argument("--max_train_rows", type=int, help="of each training set, for trials")
     parser.add_argument("--max_eval_rows", type=int, help="for trials")
+    parser.add_argument("--eval_steps", type=int, help="steps between evaluations during training; default none before the end")
     parser.add_argument("--save_steps", type=int, help="steps between checkpoints; default once an epoch")
     parser.add_argument("--offline", action="store_true", help="never ask the Hub")
     parser.add_argument("--publish", action="store_true", help="copy the bundle to model_zoo/bundles")
@@ -163,13 +178,14 @@ def description(run: Run) -> dict[str, Any]:
         "task": run.task,
         "data": f"{run.task.hub_id}, {run.task.hub_config}: trained on {trained}, measured on {measured}",
         "metrics": run.metrics,
+        "estimators": run.estimators,
     }
 
 
 def results(run: Run) -> dict[str, Any]:
     """All that was set and all that came out, as plain values."""
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.args).items()}
-    return {"metrics": run.metrics, "seconds": run.seconds, "recipe": asdict(run.recipe), "flags": flags}
+    return {"metrics": run.metrics, "estimators": run.estimators, "seconds": run.seconds, "recipe": asdict(run.recipe), "flags": flags}
 
 
 def table(run: Run) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from tabulate import tabulate
 from torch import nn
@@ -111,6 +112,8 @@ def run(arguments: Arguments) -> None:
     folder = prepare_folder(arguments.output_dir)
     splits, missing = _load_splits(task, arguments)
     results, config = measure(task, artifact, splits, arguments.per_device_eval_batch_size, device)
+    if not PartialState(cpu=device.type == "cpu").is_main_process:
+        return
     print(f"\n{arguments.model_config}\n\n{table(task, results)}\n")
     print("\n".join(notes(task, results, artifact, missing)))
     path = write(folder, document(task, results, artifact, missing, config.to_dict(), asdict(arguments)))

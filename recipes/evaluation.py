@@ -1,18 +1,21 @@
-"""Evaluate a model, FP32 or simulated, on encoded rows."""
+"""Evaluate a model, FP32 or simulated, on encoded rows; where several processes were launched, each runs a part of the batches."""
 
 from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from quantsim.quantizers.processes import on_every_process
 from recipes.metrics import Array, best_spans, check_finite, predictions_of, score, score_answers
 from recipes.tasks import RecipeError, Task
 
@@ -48,6 +51,9 @@ def evaluate(
     progress: bool = True,
 ) -> Evaluation:
     """Run a model over all rows in their order, in eval mode and without gradients; two calls give the same bits.
+
+    Where ``accelerate launch`` started several processes, each calls this, runs its share of the batches, and gets the logits
+    of all: those that one process would get, for the batches are the same.
 
     Args:
         model: takes what the tokenizer gives by keyword; moved to ``device``, its mode is restored.
@@ -85,29 +91,45 @@ def _evaluate_spans(task: Task, logits: Array, encoded: Dataset, rows: Dataset, 
     return Evaluation(metrics, answers, logits, len(rows), seconds)
 
 
-@torch.no_grad()
 def _forward(
     model: nn.Module, encoded: Dataset, task: Task, batch_size: int, device: str | torch.device, description: str, progress: bool
 ) -> tuple[Array, float]:
     """Logits of all rows ``[rows, …]`` in float32, and the seconds that it took."""
-    inputs = encoded.select_columns(_inputs(model, encoded)).with_format("torch")
+    processes = PartialState(cpu=torch.device(device).type == "cpu")
+    starts = range(0, len(encoded), batch_size)
     training = model.training
     model.to(device).eval()
-    found: list[Tensor] = []
     began = time.perf_counter()
+
+    def share() -> list[Array]:
+        mine = starts[processes.process_index :: processes.num_processes]
+        with tqdm(total=len(encoded), desc=description, unit="row", disable=not (progress and processes.is_main_process)) as bar:
+            found = []
+            for logits in _logits_of_batches(model, encoded, task, mine, batch_size, device):
+                found.append(logits)
+                bar.update(min(len(logits) * processes.num_processes, bar.total - bar.n))
+        return found
+
     try:
-        with tqdm(total=len(encoded), desc=description, unit="row", disable=not progress) as bar:
-            for start in range(0, len(encoded), batch_size):
-                batch = inputs[start : start + batch_size]
-                if ragged := [name for name, x in batch.items() if not isinstance(x, Tensor)]:
-                    raise RecipeError(f"{task.name}: rows of unequal length in {', '.join(ragged)}; encode them with padding='max_length'")
-                output = model(**{name: x.to(device) for name, x in batch.items()})
-                found.append(_logits(output, task).float().cpu())
-                bar.update(len(found[-1]))
+        shares = on_every_process(share, RecipeError)
     finally:
         model.train(training)
-    seconds = time.perf_counter() - began
-    return np.asarray(torch.cat(found)), seconds
+    batches = [shares[i % len(shares)][i // len(shares)] for i in range(len(starts))]
+    return np.concatenate(batches), time.perf_counter() - began
+
+
+@torch.no_grad()
+def _logits_of_batches(
+    model: nn.Module, encoded: Dataset, task: Task, starts: Iterable[int], batch_size: int, device: str | torch.device
+) -> Iterator[Array]:
+    """Logits ``[batch, …]`` of the rows from each start on."""
+    inputs = encoded.select_columns(_inputs(model, encoded)).with_format("torch")
+    for start in starts:
+        batch = inputs[start : start + batch_size]
+        if ragged := [name for name, x in batch.items() if not isinstance(x, Tensor)]:
+            raise RecipeError(f"{task.name}: rows of unequal length in {', '.join(ragged)}; encode them with padding='max_length'")
+        output = model(**{name: x.to(device) for name, x in batch.items()})
+        yield np.asarray(_logits(output, task).float().cpu())
 
 
 def _inputs(model: nn.Module, encoded: Dataset) -> list[str]:

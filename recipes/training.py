@@ -2,6 +2,9 @@
 
 What a step does follows from the seed, the step's number and the weights alone: the order of rows is drawn anew for each
 epoch and dropout for each step, so a run that resumes from a checkpoint ends with the weights of one that never stopped.
+Launched as several processes (``accelerate launch``), each takes its share of every batch and gradients are summed once a
+step. Nothing wraps the model: ranges may stop learning at any step and a batch need not divide evenly, neither of which
+``DistributedDataParallel`` takes.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +22,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
+from torch import nn
 from transformers import get_scheduler
 
+from quantsim.numerics.fused import fused_kernels
+from quantsim.quantizers.processes import on_every_process
+from recipes.batches import Batches, shares
+from recipes.losses import Batch, Loss, answers_of
 from recipes.low_rank import LowRank
+from recipes.progress import Progress
 from recipes.recipe import Training
-from recipes.tasks import RecipeError
+from recipes.shares import add_gradients, start_from_the_first
+from recipes.tasks import RecipeError, Task
 
-Batch = Mapping[str, Tensor]
 Rows = Sequence[Mapping[str, Any]]
-Loss = Callable[[nn.Module, Batch], Tensor]
 
 CHECKPOINT, STAGING, LOG = "step-", ".saving", "log.jsonl"
-CHUNK = 32  # batches whose rows are sorted by length together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +46,18 @@ class Job:
 
     Attributes:
         model: trained in place; every parameter that requires a gradient.
+        task: whose headline metric the progress bar shows, over the last batches as they were trained on.
         rows: each with ``input_ids``.
-        collate: rows → a batch with ``labels``.
+        collate: rows → a batch with its answers.
         loss: of the model on a batch.
         settings: the recipe's.
         folder: of the checkpoints; with one in it, the run goes on from there.
         seed: of the rows' order and of dropout.
         by_length: rows of like length share a batch; for a ``collate`` that pads to the longest.
         ranges, range_lr: parameters of quantizers, and their learning rate.
+        fused: run fake quantizers as compiled kernels.
         before_step: called with the number of the coming step and that of all steps.
+        evaluate, eval_steps: metrics of the model, taken every so many steps, shown and written to the log; ``None`` never.
         save_steps: optimizer steps from one checkpoint to the next; ``None`` keeps one an epoch.
         max_steps: stop there, for trials; ``None`` trains to the end.
         device: ``"cpu"``, or what accelerate finds.
@@ -59,8 +65,9 @@ class Job:
     """
 
     model: nn.Module
+    task: Task
     rows: Rows
-    collate: Callable[[list[Mapping[str, Any]]], Batch]
+    collate: Callable[[Sequence[Mapping[str, Any]]], Batch]
     loss: Loss
     settings: Training
     folder: Path
@@ -68,7 +75,10 @@ class Job:
     by_length: bool = False
     ranges: Sequence[nn.Parameter] = ()
     range_lr: float = 0.0
+    fused: bool = False
     before_step: Callable[[int, int], None] | None = None
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+    eval_steps: int | None = None
     save_steps: int | None = None
     max_steps: int | None = None
     device: str | None = None
@@ -79,7 +89,7 @@ def train(job: Job) -> None:
     """Train to the end, from the last checkpoint if there is one. The model is in eval mode afterwards.
 
     Raises:
-        RecipeError: no rows.
+        RecipeError: no rows, or a loss that is not finite (training stops there; the last checkpoint is from before).
     """
     if not job.rows:
         raise RecipeError(f"{job.title}: no rows to train on; check the split and the fold")
@@ -94,79 +104,81 @@ class _Run:
         self.accelerator = Accelerator(
             cpu=job.device == "cpu",
             mixed_precision="no",  # accelerate's is one for the process; here autocast is each stage's own
-            gradient_accumulation_steps=settings.accumulate,
-            dataloader_config=DataLoaderConfiguration(split_batches=True),  # the recipe's batch is that of all devices together
+            dataloader_config=DataLoaderConfiguration(split_batches=True),  # a scheduler's step is one step, however many processes
         )
         lengths = [len(row["input_ids"]) if job.by_length else 0 for row in job.rows]
-        self.batches = Batches(lengths, settings.batch // settings.accumulate, job.seed)
-        self.steps_per_epoch = math.ceil(len(self.batches) / settings.accumulate)
-        self.total = min(self.steps_per_epoch * settings.epochs, job.max_steps or sys.maxsize)
-        loader: DataLoader[Any] = DataLoader(
-            job.rows,  # type: ignore[arg-type]  # a sequence is a dataset
-            batch_sampler=self.batches,
-            collate_fn=job.collate,
-            generator=torch.Generator(),
-        )
+        self.batches = Batches(lengths, settings.batch, job.seed)
+        self.total = min(max(1, round(len(self.batches) * settings.epochs)), job.max_steps or sys.maxsize)
         optimizer = torch.optim.AdamW(parameter_groups(job), lr=settings.lr, fused=True)
         scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup_ratio * self.total), self.total)
-        self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(job.model, optimizer, loader, scheduler)
+        self.model = self.accelerator.prepare_model(job.model, evaluation_mode=True)  # on its device, and not wrapped
+        self.optimizer, self.scheduler = self.accelerator.prepare(optimizer, scheduler)
         ranges = {id(p) for p in job.ranges}
         self.weights = [p for p in job.model.parameters() if p.requires_grad and id(p) not in ranges]
-        self.step = 0
+        self.step = self.saved = 0
 
     def to_the_end(self) -> None:
         self._resume()
-        with tqdm(
-            total=self.total, initial=self.step, desc=self.job.title, mininterval=1.0, disable=not self.accelerator.is_local_main_process
-        ) as bar:
+        start_from_the_first(self.model)
+        shown = self.accelerator.is_main_process
+        with fused_kernels(self.job.fused), Progress(self.job.task, self.job.title, self.total, self.step, shown) as progress:
             while self.step < self.total:
-                self._epoch(bar)
+                self._epoch(progress)
         self.accelerator.free_memory()
         self.job.model.eval()
 
-    def _epoch(self, bar: Any) -> None:
+    def _epoch(self, progress: Progress) -> None:
         """What is left of the epoch that the next step is in."""
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        losses: list[float] = []
-        start = time.time()
-        self.batches.set_epoch(epoch)
+        job = self.job
+        epoch, done = divmod(self.step, len(self.batches))
+        start, losses = time.time(), []
         self.model.train()
-        for batch in self.accelerator.skip_first_batches(self.loader, done * self.job.settings.accumulate):
-            losses.append(self._forward_backward(batch, len(losses) % self.job.settings.accumulate))
-            if not self.accelerator.sync_gradients:
-                continue
+        for batch in self.batches.of_epoch(epoch)[done : done + self.total - self.step]:
+            losses.append(self._step(batch, progress))
             self.step += 1
-            bar.update()
-            bar.set_postfix(epoch=epoch + 1, loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}", refresh=False)
-            if self.step == self.total:
-                break
-            if self.job.save_steps and self.step % self.job.save_steps == 0:
+            progress.stepped(epoch + 1)
+            if job.evaluate is not None and job.eval_steps and (self.step % job.eval_steps == 0 or self.step == self.total):
+                metrics = dict(job.evaluate(self.model))
+                progress.evaluated(metrics)
+                self._log(step=self.step, **{f"eval_{name}": value for name, value in metrics.items()})
+            if job.save_steps and self.step % job.save_steps == 0:
                 self._save()
-        self._log(epoch=epoch + 1, step=self.step, loss=round(sum(losses) / len(losses), 6), seconds=round(time.time() - start, 1))
+        seconds = round(time.time() - start, 1)
+        self._log(epoch=epoch + 1, step=self.step, loss=round(math.fsum(losses) / len(losses), 6), seconds=seconds)
         self._save()
 
-    def _forward_backward(self, batch: Batch, part: int) -> float:
+    def _step(self, batch: Sequence[int], progress: Progress) -> float:
+        """One optimizer step; the mean loss of the batch, over all processes."""
         job, accelerator = self.job, self.accelerator
-        if job.before_step is not None and part == 0:
+        if job.before_step is not None:
             job.before_step(self.step, self.total)
-        torch.manual_seed(hash((job.seed, self.step, part, accelerator.process_index)))
-        with accelerator.accumulate(self.model):
+        total = 0.0
+        parts = shares(batch, accelerator.process_index, accelerator.num_processes, job.settings.accumulate)
+        for part, (rows, weight) in enumerate(parts):
+            torch.manual_seed(hash((job.seed, self.step, part, accelerator.process_index)))
+            inputs = {name: x.to(accelerator.device) for name, x in job.collate([job.rows[i] for i in rows]).items()}
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=job.settings.mixed_precision == "bf16"):
-                loss = job.loss(self.model, batch)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(self.weights, job.settings.clip)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-        return loss.item()
+                loss, logits = job.loss(self.model, inputs)
+            accelerator.backward(loss * weight)
+            value = loss.item()
+            progress.saw(value, logits, answers_of(inputs))
+            total += value * weight
+        total = add_gradients((p for group in self.optimizer.param_groups for p in group["params"]), total)
+        if not math.isfinite(total):
+            raise RecipeError(f"{job.title}: the loss is {total} in step {self.step + 1}; lower the learning rate ({job.settings.lr:g})")
+        accelerator.clip_grad_norm_(self.weights, job.settings.clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return total
 
     # ---- checkpoints: a folder appears under its name when it is whole, then the one before goes ----
 
     def _save(self) -> None:
         final, staging = self.job.folder / f"{CHECKPOINT}{self.step}", self.job.folder / STAGING
-        if final.exists():
+        if self.saved == self.step:
             return
+        self.saved = self.step
         self.accelerator.save_state(str(staging))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -180,9 +192,12 @@ class _Run:
             shutil.rmtree(self.job.folder / STAGING, ignore_errors=True)
             self.job.folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
-        if found := checkpoints(self.job.folder):
-            self.accelerator.load_state(str(found[-1]))
-            self.step = _step_of(found[-1])
+        found = on_every_process(lambda: checkpoints(self.job.folder)[-1:], RecipeError)
+        if any(seen != found[0] for seen in found):
+            raise RecipeError(f"{self.job.folder}: the processes see different checkpoints in it; give a folder that all machines share")
+        for checkpoint in found[0]:
+            self.accelerator.load_state(str(checkpoint))
+            self.step = self.saved = _step_of(checkpoint)
 
     def _log(self, **values: float) -> None:
         if self.accelerator.is_main_process:
@@ -197,39 +212,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(CHECKPOINT))
-
-
-# ---- parts ----
-
-
-class Batches(Sampler[list[int]]):
-    """Row numbers of each batch, drawn anew for each epoch from the seed and the epoch alone.
-
-    Rows are shuffled, sorted by length in chunks of 32 batches, cut, and the batches shuffled: little padding, no
-    order by length. Equal lengths make it a plain shuffle.
-
-    >>> batches = Batches([3, 9, 3, 9], batch_size=2, seed=0)
-    >>> sorted(sorted(batch) for batch in batches)
-    [[0, 2], [1, 3]]
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-        self.drop_last = False  # accelerate reads both when it deals batches out to processes
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)))
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        chunk = CHUNK * self.batch_size
-        order = [i for start in range(0, len(order), chunk) for i in sorted(order[start : start + chunk], key=lambda i: self.lengths[i])]
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        yield from (batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())
 
 
 def parameter_groups(job: Job) -> list[dict[str, Any]]:
@@ -251,41 +233,3 @@ def parameter_groups(job: Job) -> list[dict[str, Any]]:
     ]
     groups.append({"params": list(job.ranges), "lr": job.range_lr, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
-
-
-def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Squared error where there is one logit (regression), else cross-entropy; in float32."""
-    if logits.shape[-1] == 1:  # [rows, 1]
-        return functional.mse_loss(logits.squeeze(-1).float(), labels.float())
-    return functional.cross_entropy(logits.float(), labels)
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``temperature² * KL(softmax(teacher / temperature) ‖ softmax(logits / temperature))`` (Hinton et al., 2015).
-
-    Squared error for one logit.
-    """
-    if logits.shape[-1] == 1:
-        return functional.mse_loss(logits.float(), teacher.float())
-    student, target = (functional.log_softmax(x.float() / temperature, dim=-1) for x in (logits, teacher))
-    return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
-
-
-def label_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss of a batch's labels."""
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
-    return task_loss(model(**inputs).logits, batch["labels"])
-
-
-def distilled_loss(teacher: nn.Module, weight: float, temperature: float) -> Loss:
-    """The loss of labels and teacher together, as :class:`recipes.recipe.Distillation` writes it."""
-    teacher.eval()
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        inputs = {name: x for name, x in batch.items() if name != "labels"}
-        logits = model(**inputs).logits
-        with torch.no_grad():
-            target = teacher(**inputs).logits
-        return (1 - weight) * task_loss(logits, batch["labels"]) + weight * distillation_loss(logits, target, temperature)
-
-    return loss

@@ -44,6 +44,17 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """``x`` to the bit, with its gradient multiplied by ``factor``.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> scale_gradient(x, 0.5).backward()
+    >>> x.grad
+    tensor(0.5000)
+    """
+    return x.detach() + (x - x.detach()) * factor
+
+
 def smallest_range(dtype: torch.dtype) -> float:
     """The width given to a range that is empty (a tensor of zeros): the smallest whose scale is a normal number at 16 bits."""
     return torch.finfo(dtype).tiny * 2**17

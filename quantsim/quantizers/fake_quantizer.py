@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from quantsim.config import QuantSpec
-from quantsim.numerics.affine import AffineParams, affine_params, fake_quantize
+from quantsim.numerics.affine import AffineParams, affine_params, fake_quantize, scale_gradient
+from quantsim.numerics.fused import fused_fake_quantize, fused_kernels_active
 from quantsim.quantizers.range_estimators import RangeEstimator, range_estimator
 
 MASK_FLOOR = -1e4
@@ -46,9 +47,12 @@ class FakeQuantizer(nn.Module):
 
     Attributes:
         overwrites: nobody else reads the tensor that comes in, so without gradients its memory is used for the result.
+        lsq_gradients: a learned range's gradient is divided by ``sqrt(N * quant_max)``, with ``N`` the elements of a row (of a
+            weight: all) that share it (Esser et al., LSQ, 2020, section 2.2). Off, as in the reference code of range learning.
     """
 
     overwrites = False
+    lsq_gradients = False
     min: nn.Parameter
     max: nn.Parameter
     state_code: Tensor
@@ -115,10 +119,15 @@ class FakeQuantizer(nn.Module):
                 "Check the model's weights and the batches for NaN and infinity"
             )
 
-    def observe(self, x: Tensor) -> None:
-        """Show the estimator a tensor; the state must be ``ESTIMATING``."""
+    @property
+    def estimator(self) -> RangeEstimator:
+        """What turns observed values into a range; the state must be ``ESTIMATING``."""
         assert self._estimator is not None, f"{self.name}: observes in state ESTIMATING, not {self._state.name}"
-        self._estimator.observe(x.detach())
+        return self._estimator
+
+    def observe(self, x: Tensor) -> None:
+        """Show the estimator a tensor."""
+        self.estimator.observe(x.detach())
 
     def restore(self, state: State, low: Tensor, high: Tensor) -> None:
         """Take up a state and a range that were kept aside; an estimation under way is forgotten."""
@@ -155,7 +164,19 @@ class FakeQuantizer(nn.Module):
         if self._state is State.ESTIMATING:
             self.observe(x)
             return x
-        return fake_quantize(x, self.affine_params(), self.overwrites)
+        params = self._lsq_params(x) if self.lsq_gradients else self.affine_params()
+        if fused_kernels_active() and torch.is_grad_enabled() and (x.requires_grad or params.scale.requires_grad):
+            return fused_fake_quantize(x, params)
+        return fake_quantize(x, params, self.overwrites)
+
+    def _lsq_params(self, x: Tensor) -> AffineParams:
+        """:meth:`affine_params` with LSQ's gradient scale."""
+        factor = (self._sharing(x) // self.min.numel() * self.spec.quant_max) ** -0.5
+        return affine_params(scale_gradient(self.min, factor), scale_gradient(self.max, factor), self.spec)
+
+    def _sharing(self, x: Tensor) -> int:
+        """The elements that LSQ counts: of one row, whatever the batch."""
+        return x[0].numel()
 
     # ---- nn.Module's plumbing ----
 
@@ -178,6 +199,9 @@ class WeightQuantizer(FakeQuantizer):
     """
 
     _quantized: tuple[object, Tensor] | None = None
+
+    def _sharing(self, x: Tensor) -> int:
+        return x.numel()
 
     def forward(self, x: Tensor) -> Tensor:
         training = torch.is_grad_enabled() and (x.requires_grad or self.min.requires_grad)

@@ -1,21 +1,28 @@
 """Range estimators: values are observed, a range ``(min, max)`` comes out.
 
 Every estimator sees tensors of any shape and keeps one range (``[]``), or one per index of ``axis`` (``[C]``).
-What they keep is small whatever the number of batches: two numbers, or a histogram with exact counts.
+What they keep is small: two numbers, two numbers a batch, or a histogram with exact counts. It can be merged: estimators
+that saw a part of the batches each, in several processes, together give the range of one that saw them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quantsim.config import QuantSpec
-from quantsim.numerics.affine import AffineParams, affine_params, smallest_range
+from quantsim.numerics.affine import AffineParams, affine_params
+from quantsim.quantizers.bins import Bins
 
-BINS_PER_TENSOR, BINS_PER_CHANNEL = 2048, 512
+BINS_PER_TENSOR, BINS_PER_CHANNEL = 4096, 512  # more than half of them lie within the extremes
 CLIP_WEIGHT_SQNR = 3.0  # AIMET's TF-enhanced analyzer counts clipping noise three times
+
+Statistics = tuple[Tensor, ...]
 
 
 class RangeEstimator(Protocol):
@@ -23,6 +30,12 @@ class RangeEstimator(Protocol):
 
     def observe(self, x: Tensor) -> None:
         """Take the values of ``x`` into account."""
+
+    def statistics(self) -> Statistics:
+        """All that was kept of what was observed, as tensors on the CPU; ``()`` when nothing was."""
+
+    def merge(self, everyone: Sequence[Statistics]) -> None:
+        """Become the estimator that saw what those of these statistics saw: the first batch of each in turn, then the second, …"""
 
     def range(self) -> tuple[Tensor, Tensor]:
         """``(min, max)``, each ``[]`` or ``[C]``. Raises ``RuntimeError`` when nothing was observed."""
@@ -55,11 +68,18 @@ class MinMax:
         self.seen: tuple[Tensor, Tensor] | None = None
 
     def observe(self, x: Tensor) -> None:
-        low, high = _min_max(x, self.axis)
-        self.seen = (low, high) if self.seen is None else self.merge(self.seen, (low, high))
+        self._take(_min_max(x, self.axis))
 
-    def merge(self, past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return torch.minimum(past[0], new[0]), torch.maximum(past[1], new[1])
+    def statistics(self) -> Statistics:
+        return () if self.seen is None else (self.seen[0].cpu(), self.seen[1].cpu())
+
+    def merge(self, everyone: Sequence[Statistics]) -> None:
+        self.seen = None
+        for low, high, *_ in filter(None, everyone):
+            self._take((low, high))
+
+    def _take(self, new: tuple[Tensor, Tensor]) -> None:
+        self.seen = new if self.seen is None else (torch.minimum(self.seen[0], new[0]), torch.maximum(self.seen[1], new[1]))
 
     def range(self) -> tuple[Tensor, Tensor]:
         if self.seen is None:
@@ -67,74 +87,84 @@ class MinMax:
         return self.seen
 
 
-class RunningMinMax(MinMax):
-    """Exponential moving averages of each batch's extremes: ``momentum * past + (1 - momentum) * new``."""
+class RunningMinMax:
+    """Exponential moving averages of each batch's extremes: ``momentum * past + (1 - momentum) * new``.
+
+    The order of batches matters, so the extremes of each are kept and averaged at the end.
+    """
 
     def __init__(self, axis: int | None, momentum: float) -> None:
-        super().__init__(axis)
+        self.axis = axis
         self.momentum = momentum
+        self.batches: list[Tensor] = []  # [2] or [2, C] each
 
-    def merge(self, past: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return torch.lerp(new[0], past[0], self.momentum), torch.lerp(new[1], past[1], self.momentum)
+    def observe(self, x: Tensor) -> None:
+        self.batches.append(torch.stack(_min_max(x, self.axis)))
+
+    def statistics(self) -> Statistics:
+        return tuple(batch.cpu() for batch in self.batches)
+
+    def merge(self, everyone: Sequence[Statistics]) -> None:
+        self.batches = [batch for turn in zip_longest(*everyone) for batch in turn if batch is not None]
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        if not self.batches:
+            raise RuntimeError("no values were observed")
+        low, high = reduce(lambda past, new: torch.lerp(new, past, self.momentum), self.batches)
+        return low, high
 
 
 class Histogram:
-    """Counts over equal bins of a range that doubles when a value falls outside, so no count is ever approximated.
+    """Counts over bins that follow from the extremes alone, so they are exact and the same whatever the order of batches.
 
     Attributes:
-        counts: ``[C, bins]`` (``C`` is 1 without an axis).
-        low, width: the range of each row, ``[C]``; its bins are ``low + width / bins * [i, i + 1)``.
+        extremes: of all values.
+        bins: over them.
+        counts: ``[C, bins.count]``, float64 (``C`` is 1 without an axis).
     """
+
+    bins: Bins
 
     def __init__(self, axis: int | None) -> None:
         self.axis = axis
-        self.bins = BINS_PER_TENSOR if axis is None else BINS_PER_CHANNEL
         self.extremes = MinMax(axis)
         self.counts: Tensor | None = None
 
     def observe(self, x: Tensor) -> None:
         self.extremes.observe(x)
-        rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
-        rows = rows.float()  # [C, n]
-        low, high = (t.reshape(-1) for t in self.extremes.range())
         if not self._countable():
             return
-        if self.counts is None:
-            self.counts = torch.zeros(len(rows), self.bins, dtype=torch.float64, device=x.device)
-            self.low = low.clone()
-            self.width = ((high - low) * (1 + 1e-6)).clamp(min=smallest_range(low.dtype))
-        self._grow(low, high)
-        index = ((rows - self.low[:, None]) / self.width[:, None] * self.bins).long().clamp_(0, self.bins - 1)
-        index += torch.arange(len(rows), device=x.device)[:, None] * self.bins
-        self.counts += torch.bincount(index.reshape(-1), minlength=self.counts.numel()).reshape(self.counts.shape)
+        rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)  # [C, n]
+        bins = self._bins_over(*self.extremes.range())
+        counts = torch.zeros(len(rows), bins.count, dtype=torch.float64, device=x.device)
+        if self.counts is not None:
+            counts = bins.hold(self.counts, self.bins)
+        index = bins.of(rows.float()) + bins.count * torch.arange(len(rows), device=x.device)[:, None]
+        self.counts = counts + torch.bincount(index.reshape(-1), minlength=counts.numel()).reshape(counts.shape)
+        self.bins = bins
+
+    def statistics(self) -> Statistics:
+        return self.extremes.statistics() + (() if self.counts is None else (self.counts.cpu(),))
+
+    def merge(self, everyone: Sequence[Statistics]) -> None:
+        self.extremes.merge(everyone)
+        self.counts = None
+        if not any(everyone) or not self._countable():
+            return
+        self.bins = self._bins_over(*self.extremes.range())
+        held = [self.bins.hold(counts, self._bins_over(low, high)) for low, high, counts in filter(None, everyone)]
+        self.counts = torch.stack(held).sum(0)
+
+    def _bins_over(self, low: Tensor, high: Tensor) -> Bins:
+        return Bins.over(low.reshape(-1), high.reshape(-1), BINS_PER_TENSOR if self.axis is None else BINS_PER_CHANNEL)
 
     def _countable(self) -> bool:
         """No NaN, no infinity, and no unclamped mask was seen; else the range is that of the extremes, for the quantizer to refuse."""
         low, high = self.extremes.range()
-        return bool(((high - low) * 4).isfinite().all())  # a range that is doubled once too often overflows
-
-    def _grow(self, low: Tensor, high: Tensor) -> None:
-        """Double the ranges of the rows that miss a value: downwards first, then upwards; two bins become one."""
-        assert self.counts is not None
-        while True:
-            down, up = low < self.low, high > self.low + self.width
-            rows = down | up
-            if not rows.any():
-                return
-            merged = self.counts[rows].reshape(-1, self.bins // 2, 2).sum(2)  # [rows, bins] -> [rows, bins / 2]
-            empty = torch.zeros_like(merged)
-            below = down[rows][:, None]
-            self.counts[rows] = torch.cat([torch.where(below, empty, merged), torch.where(below, merged, empty)], 1)
-            self.low = torch.where(down, self.low - self.width, self.low)
-            self.width = torch.where(rows, self.width * 2, self.width)
+        return bool(((high - low) * 4).isfinite().all())  # a mask is the least number of its dtype
 
     def _shape(self, rows: Tensor) -> Tensor:
         return rows[0] if self.axis is None else rows  # [1] -> []
-
-    def _centres(self) -> Tensor:
-        """The middle of every bin, ``[C, bins]``."""
-        steps = (torch.arange(self.bins, device=self.low.device) + 0.5) / self.bins
-        return self.low[:, None] + self.width[:, None] * steps
 
 
 class Percentile(Histogram):
@@ -152,10 +182,9 @@ class Percentile(Histogram):
         total = self.counts.sum(1, keepdim=True)
         below = self.counts.cumsum(1) / total  # [C, bins], the share of elements up to the end of each bin
         above = self.counts.flip(1).cumsum(1).flip(1) / total
-        step = self.width / self.bins
-        low = self.low + step * (below <= self.tail).sum(1)
-        high = self.low + self.width - step * (above <= self.tail).sum(1)
-        low, high = self._shape(low), self._shape(high)
+        low = self.bins.width * (self.bins.first + (below <= self.tail).sum(1))
+        high = self.bins.width * (self.bins.first + self.bins.count - (above <= self.tail).sum(1))
+        low, high = self._shape(low.float()), self._shape(high.float())
         return torch.maximum(low, seen[0]), torch.minimum(torch.maximum(high, low), seen[1])
 
 
@@ -200,7 +229,7 @@ class LeastNoise(Histogram):
         assert self.counts is not None
         params = affine_params(low, high, self.spec)
         rows = AffineParams(params.scale[:, None], params.zero_point[:, None], params.quant_min, params.quant_max)
-        x = self._centres()
+        x = (self.bins.edges() + self.bins.width[:, None] / 2).float()  # the middle of every bin, [C, bins]
         r = (x / rows.scale).round()
         q = torch.minimum(torch.maximum(r, rows.quant_min - rows.zero_point), rows.quant_max - rows.zero_point)
         weight = torch.where(r == q, 1.0, self.clip_weight)

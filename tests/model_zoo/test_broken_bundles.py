@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from model_zoo.bundle import apply_delta, load_float, load_simulation
-from model_zoo.cards import CONFIG, FP32, W8A8, Card, verify
+from model_zoo.cards import Card, verify
+from model_zoo.format import CONFIG, FP32, W8A8
 from quantsim import CheckpointError
 from tests.model_zoo.tiny_bundle import LINEAR, rehash, rewrite
 from tests.tiny import tiny_bert, tiny_sim
@@ -96,9 +97,9 @@ def test_values_that_are_not_finite(bundle: Card) -> None:
     [
         ({"classifier.bias": torch.zeros(3)}, (), r"classifier\.bias is \[3\] of torch\.float32; the model has \[2\]"),
         (
-            {"classifier.bias": torch.zeros(2).half()},
+            {"classifier.bias": torch.zeros(2).bfloat16()},
             (),
-            r"classifier\.bias is \[2\] of torch\.float16; the model has \[2\] of torch\.float32",
+            r"classifier\.bias is \[2\] of torch\.bfloat16; the model has \[2\] of torch\.float32",
         ),
         ({"clasifier.bias": torch.zeros(2)}, (), r"no weight clasifier\.bias \(nearest: classifier\.bias\)"),
         ({UP: torch.zeros(8, 2)}, (), r"query\.weight\.low_rank\.up @ low_rank\.down is \[8, 16\]"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_zoo.bundle import apply_delta, load_float, load_simulation, read_delta, write_delta
-from model_zoo.cards import FP32, W8A8, Card
+from model_zoo.bundle import apply_delta, in_half, load_float, load_simulation, read_delta, write_delta
+from model_zoo.cards import Card
+from model_zoo.format import FP32, W8A8
 from quantsim import CheckpointError, QuantConfig, QuantSim, State
 from tests.model_zoo.tiny_bundle import LINEAR, tuned
 from tests.tiny import tiny_batch, tiny_bert
@@ -55,6 +56,31 @@ def test_ranges_are_left_aside(tmp_path: Path) -> None:
     write_delta(tmp_path / "delta", {"classifier.bias": torch.zeros(2), "quantizers.x.min": torch.zeros(())})
     assert set(read_delta(tmp_path / "delta").ranges) == {"x.min"}
     apply_delta(tiny_bert(), tmp_path / "delta")
+
+
+def test_float16_is_how_weights_are_stored_and_not_how_they_are_used(tmp_path: Path) -> None:
+    model = tiny_bert()
+    before = model.state_dict()[LINEAR].clone()
+    up, down, bias = torch.randn(16, 2), torch.randn(2, 16), torch.tensor([0.1, 1e6])
+    tensors = {f"{LINEAR}.low_rank.up": up, f"{LINEAR}.low_rank.down": down, "classifier.bias": bias, "quantizers.x.min": -torch.rand(3)}
+    write_delta(tmp_path / "delta", in_half(tensors))
+    written = read_delta(tmp_path / "delta")
+    assert [x.dtype for x in written.low_rank[LINEAR]] == [torch.float16] * 2
+    assert torch.equal(written.whole["classifier.bias"], bias)  # 1e6 is more than float16 holds
+    assert torch.equal(written.ranges["x.min"], tensors["quantizers.x.min"])
+    apply_delta(model, tmp_path / "delta")
+    state = model.state_dict()
+    assert state[LINEAR].dtype == torch.float32
+    assert torch.equal(state[LINEAR], before + up.half().float() @ down.half().float())
+    assert torch.equal(state["classifier.bias"], bias)
+
+
+def test_rounding_to_float16_is_as_small_as_said() -> None:
+    weights = torch.cat([x * torch.logspace(-9, 4, 4001) for x in (torch.ones(4001), -torch.rand(4001))])
+    error = (in_half({"a": weights})["a"].float() - weights).abs()
+    assert (error <= torch.maximum(weights.abs() * 2**-11, torch.tensor(2.0**-25))).all()
+    assert error.max() > 0
+    assert in_half({"a": torch.tensor([3])})["a"].dtype == torch.int64
 
 
 def test_views_are_written_as_their_values(tmp_path: Path) -> None:

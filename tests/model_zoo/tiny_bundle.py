@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import BertModel, BertTokenizerFast, PreTrainedModel
 
 from model_zoo.bundle import read_delta, write_delta
-from model_zoo.cards import FP32, W8A8, Card, file_records, read_card, write_card
+from model_zoo.cards import Card, file_records, read_card, write_card
+from model_zoo.format import BUNDLED, FP32, W8A8
 from quantsim import QuantConfig, QuantSim
 from recipes.base_model import base_weights_sha256
 from tests.tiny import tiny_batch, tiny_bert
@@ -70,14 +71,24 @@ def card_of(folder: Path, base: Path, name: str, task: str, num_labels: int, con
     return Card(
         name=name,
         task=task,
+        where=BUNDLED,
+        note="",
         framework="quantsim",
-        base_model={"name": str(base), "hub_id": "none/none", "source": "made by the tests", "sha256": base_weights_sha256(str(base))},
+        base_model={
+            "name": str(base),
+            "hub_id": "none/none",
+            "source": "made by the tests",
+            "sha256": base_weights_sha256(str(base)),
+            "revision": "",
+        },
         recipe=f"recipes/bert_w8a8/{task}.yaml",
         hyper_parameters={"max_length": MAX_LENGTH},
         seed=5,
         quantization=config.to_dict(),
         num_labels=num_labels,
         metrics={"fp32": figures, "ptq": figures, "qat": figures},
+        estimators={},
+        sweep={},
         versions={},
         date="2000-01-01",
         licence="Apache-2.0",

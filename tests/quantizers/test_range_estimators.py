@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantsim.config import QuantSpec
+from quantsim.quantizers.bins import Bins
 from quantsim.quantizers.range_estimators import BINS_PER_CHANNEL, BINS_PER_TENSOR, Histogram, range_estimator
 
 ESTIMATORS = ["min_max", "running_min_max", "percentile", "mse", "sqnr"]
@@ -66,21 +67,16 @@ ORDERS = [pytest.param(order, id="-".join(map(str, order))) for order in itertoo
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_histogram_counts_are_exact_whatever_the_order_of_batches(order: tuple[int, ...]) -> None:
-    """At every edge between two bins, as many values lie below as were counted (values within float error of an edge aside)."""
-    data = {scale: scale * torch.randn(3000) + scale / 7 for scale in order}
-    histogram = Histogram(None)
+    """Every bin has as many values as float64 finds between its edges, and the bins are those of one batch with all values."""
+    data = {scale: scale * torch.randn(3000) + scale / 7 for scale in sorted(order)}
+    histogram, whole = Histogram(None), Histogram(None)
     for scale in order:
         histogram.observe(data[scale])
-    everything = torch.cat(list(data.values())).double()
-    assert histogram.counts.sum() == len(everything)
-    width = histogram.width.double() / BINS_PER_TENSOR
-    edges = histogram.low.double() + width * torch.arange(1, BINS_PER_TENSOR + 1)
-    slack = 1e-3 * width
-    cumulative = histogram.counts[0].cumsum(0)
-    below = (everything[None] < (edges - slack)[:, None]).sum(1)
-    up_to = (everything[None] < (edges + slack)[:, None]).sum(1)
-    assert (cumulative >= below).all()
-    assert (cumulative <= up_to).all()
+    whole.observe(torch.cat(list(data.values())))
+    assert torch.equal(histogram.bins.edges(), whole.bins.edges())
+    edges = torch.cat([histogram.bins.edges()[0], histogram.bins.edges()[0, -1:] + histogram.bins.width])
+    found = torch.histogram(torch.cat(list(data.values())).double(), bins=edges).hist
+    assert torch.equal(histogram.counts[0], found)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("first", [0.0, 5.0, -1e6], ids=["zeros", "fives", "minus a million"])
@@ -88,9 +84,11 @@ def test_histogram_survives_a_first_batch_of_one_value(first: float) -> None:
     histogram = Histogram(None)
     histogram.observe(torch.full((10,), first))
     histogram.observe(torch.linspace(-3, 10, 1000))
+    assert histogram.counts is not None
     assert histogram.counts.sum() == 1010
-    assert histogram.low.item() <= min(first, -3.0)
-    assert (histogram.low + histogram.width).item() >= max(first, 10.0)
+    edges = histogram.bins.edges()[0]
+    assert edges[0] <= min(first, -3.0)
+    assert edges[-1] + histogram.bins.width > max(first, 10.0)
 
 
 def test_histogram_per_channel_counts_each_channel_alone() -> None:
@@ -98,9 +96,37 @@ def test_histogram_per_channel_counts_each_channel_alone() -> None:
     scales = torch.tensor([0.1, 1.0, 50.0])[:, None]
     for factor in (1.0, 20.0, 0.3):
         histogram.observe(factor * scales * torch.randn(7, 3, 11))
+    assert histogram.counts is not None
     assert histogram.counts.shape == (3, BINS_PER_CHANNEL)
     assert histogram.counts.sum(1).tolist() == [231, 231, 231]
-    assert (histogram.width[2] > 50 * histogram.width[0]).item()
+    assert (histogram.bins.width[2] > 50 * histogram.bins.width[0]).item()
+
+
+TINY, GREAT = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 0), (5, 5), (-1, 1), (0, 1), (1e6, 1e6 + 1), (-TINY, TINY), (-GREAT / 8, GREAT / 8), (-3, 1e9), (4095.0, 8192.0), (-1e-30, 1e-9)],
+)
+def test_bins_are_the_finest_that_hold_a_range(low: float, high: float) -> None:
+    """Powers of 2, more than half of them used, unless that is finer than float32 is."""
+    ends = torch.tensor([low, high]).float()[:, None]
+    bins = Bins.over(ends[0], ends[1], BINS_PER_TENSOR)
+    assert torch.frexp(bins.width)[0].item() == 0.5
+    least, greatest = bins.of(ends[0][:, None]).item(), bins.of(ends[1][:, None]).item()
+    assert least == 0
+    assert greatest < BINS_PER_TENSOR
+    finest = max(abs(low), abs(high)) * 2.0**-23
+    assert greatest >= BINS_PER_TENSOR // 2 - 1 or bins.width.item() <= max(finest, TINY * 2**18 / BINS_PER_TENSOR)
+
+
+def test_bins_never_get_finer_as_their_range_grows() -> None:
+    ends = (torch.randn(2000, 2) * torch.exp(8 * torch.randn(2000, 1))).sort(1).values
+    grown = ends + torch.stack([-torch.rand(2000), torch.rand(2000)], 1) * ends.abs().amax(1, keepdim=True) * 2
+    narrow, wide = (Bins.over(x[:, 0], x[:, 1], BINS_PER_CHANNEL).width for x in (ends, grown))
+    assert (wide >= narrow).all()
+    assert (wide > narrow).any()
 
 
 # ---- percentile ----
@@ -119,7 +145,7 @@ def test_percentile_is_numpys_quantile_within_a_bin(percentile: float) -> None:
     for x in data:
         estimator.observe(x)
     low, high = estimator.range()
-    bin_width = estimator.width.item() / BINS_PER_TENSOR
+    bin_width = estimator.bins.width.item()  # type: ignore[attr-defined]
     assert_quantile(low, torch.cat(data), 1 - percentile / 100, bin_width)
     assert_quantile(high, torch.cat(data), percentile / 100, bin_width)
 
@@ -130,7 +156,7 @@ def test_percentile_per_channel_is_numpys_quantile_within_a_bin() -> None:
     estimator.observe(x)
     low, high = estimator.range()
     for i in range(3):
-        bin_width = estimator.width[i].item() / BINS_PER_CHANNEL
+        bin_width = estimator.bins.width[i].item()  # type: ignore[attr-defined]
         assert_quantile(low[i], x[:, i], 0.05, bin_width)
         assert_quantile(high[i], x[:, i], 0.95, bin_width)
 
@@ -231,3 +257,64 @@ def test_the_range_lies_within_what_was_seen(name: str) -> None:
     data = batches()
     low, high = estimate(QuantSpec(estimator=name, bits=4), *data)
     assert min(x.min() for x in data) <= low < high <= max(x.max() for x in data)
+
+
+# ---- merged ----
+
+
+def merged(spec: QuantSpec, *shares: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The range of an estimator that merged those of several processes, each with its share of the batches."""
+    estimators = [range_estimator(spec) for _ in shares]
+    for estimator, share in zip(estimators, shares, strict=True):
+        for x in share:
+            estimator.observe(x)
+    everyone = [estimator.statistics() for estimator in estimators]
+    ranges = []
+    for estimator in estimators:
+        estimator.merge(everyone)
+        ranges.append(estimator.range())
+    for other in ranges[1:]:
+        torch.testing.assert_close(other, ranges[0], rtol=0, atol=0, equal_nan=True)
+    return ranges[0]
+
+
+@pytest.mark.parametrize("axis", [None, 2])
+@pytest.mark.parametrize("processes", [2, 3, 7], ids=["2", "3", "more than batches"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_merged_is_what_one_sees_of_all_batches_dealt_out_in_turn(name: str, processes: int, axis: int | None) -> None:
+    data = batches((1.0, 0.1, 50.0, 3.0, 0.01))
+    spec = QuantSpec(estimator=name, axis=axis, bits=4, symmetric=True, percentile=99.0)
+    alone = estimate(spec, *data)
+    together = merged(spec, *(data[rank::processes] for rank in range(processes)))
+    assert torch.equal(alone[0], together[0])
+    assert torch.equal(alone[1], together[1])
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "running_min_max"])
+def test_all_but_running_averages_are_the_same_for_any_order(name: str) -> None:
+    data, spec = batches((1.0, 0.1, 50.0)), QuantSpec(estimator=name, bits=4, symmetric=True, percentile=99.0)
+    assert len({tuple(end.item() for end in estimate(spec, *order)) for order in itertools.permutations(data)}) == 1
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_process_that_saw_nothing_adds_nothing(name: str) -> None:
+    data, spec = batches(), QuantSpec(estimator=name, symmetric=True)
+    assert merged(spec, [], data, []) == estimate(spec, *data)
+    with pytest.raises(RuntimeError, match="no values were observed"):
+        merged(spec, [], [])
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, torch.finfo(torch.float32).min], ids=["nan", "infinity", "mask"])
+def test_what_one_process_cannot_count_is_in_the_range_of_all(name: str, bad: float) -> None:
+    """The range is for the quantizer to refuse, so it must not be hidden by the others' histograms."""
+    low, high = merged(QuantSpec(estimator=name), batches(), [torch.tensor([0.0, bad])])
+    assert not (high - low).isfinite() or low < -1e37
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_statistics_are_small(name: str) -> None:
+    estimator = range_estimator(QuantSpec(estimator=name))
+    for x in batches():
+        estimator.observe(x)
+    assert sum(x.numel() for x in estimator.statistics()) <= BINS_PER_TENSOR + 6

@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 
 from recipes.hub import hub_reachable
-from tests.model_zoo.conftest import base, bundle, whole_bundle  # noqa: F401
+from tests.model_zoo.conftest import base, bundle, server, whole_bundle  # noqa: F401
 
 
 @pytest.fixture

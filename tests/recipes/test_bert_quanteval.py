@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets.config
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from quantsim import QuantSim
 from recipes import bert_quanteval
 from recipes.bert_quanteval import Arguments, main, parse
 from recipes.tasks import MODEL_CONFIGS, TASKS
+from tests.model_zoo.loopback import Server
 from tests.model_zoo.tiny_bundle import LINEAR, make_bundle
 from tests.recipes.test_data import RTE, write_dataset
 from tests.tiny import tiny_batch, tiny_bert
@@ -136,6 +139,23 @@ def test_list_needs_nothing_else(bundle: Card, monkeypatch: pytest.MonkeyPatch, 
     assert out.count("not published") == 8
 
 
+def test_a_checkpoint_from_a_url_and_then_from_the_cache(
+    bundle: Card, server: Server, glue: str, tmp_path: Path, no_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = server.publish(bundle.folder, "zoo")
+    flags = ["--model_config", "bert_w8a8_rte", "--checkpoint", place, "--dataset", glue, "--output_dir", str(tmp_path / "out")]
+    assert main([*flags, "--offline"]) == 2
+    assert not server.requests
+    for module in (huggingface_hub.constants, datasets.config):  # what --offline set for the process
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    assert main(flags) == 0
+    server.requests.clear()
+    assert main([*flags, "--offline"]) == 0
+    assert not server.requests
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["checkpoint"]["sha256"]["w8a8.safetensors"] == bundle.files["w8a8.safetensors"]["sha256"]
+
+
 def test_defaults_are_aimet_s() -> None:
     arguments = parse(["--model_config", "bert_w8a8_rte"])
     assert (arguments.per_device_eval_batch_size, arguments.max_eval_samples, arguments.offline) == (8, None, False)
@@ -171,23 +191,23 @@ def test_a_number_that_makes_no_sense(flag: str, capsys: pytest.CaptureFixture[s
     assert f"{flag} 0: expected 1 or more" in refusal(main(["--model_config", "bert_w8a8_rte", flag, "0"]), capsys)
 
 
-@pytest.mark.parametrize(
-    ("task", "answer"),
-    [
-        ("rte", "train it with `python recipes/bert_qat.py --recipe recipes/bert_w8a8/rte.yaml`"),
-        ("qqp", "recipes/bert_w8a8/rte.yaml --name bert_w8a8_qqp --task qqp --intermediate null`"),
-        ("squad", "cannot be trained here yet"),
-    ],
-)
-def test_not_published(task: str, answer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_not_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(cards, "BUNDLES", tmp_path)
-    message = refusal(main(["--model_config", f"bert_w8a8_{task}"]), capsys)
+    message = refusal(main(["--model_config", "bert_w8a8_rte"]), capsys)
     assert "not published yet" in message
-    assert answer in message
+    assert "train it with `python recipes/bert_qat.py --recipe recipes/bert_w8a8/rte.yaml`" in message
+
+
+@pytest.mark.parametrize("name", [name for name in cards.names() if name not in cards.published()])
+def test_recipe_only(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = name.replace("bert_w8a8_", "recipes/bert_w8a8/")
+    command = f"train it with `python recipes/bert_qat.py --recipe {recipe}.yaml`"
+    assert refusal(main(["--model_config", name]), capsys) == f"error: {name}: recipe only: {cards.find(name).note}, {command}"
 
 
 def test_no_such_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no such folder, and no published checkpoint" in refusal(evaluate(tmp_path / "no", tmp_path), capsys)
+    message = refusal(evaluate(tmp_path / "no", tmp_path), capsys)
+    assert "no such folder, no Hub id (owner/name) or URL, and no published checkpoint" in message
     assert "holds neither card.json" in refusal(evaluate(tmp_path, tmp_path), capsys)
 
 

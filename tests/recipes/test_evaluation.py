@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer, BertForQuestionAnswering, PreTrainedTokenizerBase
 
+from recipes import evaluation
 from recipes.data import encode
 from recipes.evaluation import Evaluation, evaluate
 from recipes.tasks import TASKS, RecipeError
@@ -53,6 +55,38 @@ def test_twice_the_same_bits_and_the_mode_is_kept(rte: Dataset) -> None:
     assert (first.logits == second.logits).all()
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+class Processes:
+    """Three processes, played one after the other."""
+
+    num_processes, process_index = 3, 0
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
+
+    def play(self, compute: Callable[[], object], error: object) -> list[object]:
+        found = []
+        for rank in range(self.num_processes):
+            self.process_index = rank
+            found.append(compute())
+        return found
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 13, 14])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_three_processes_share_the_batches_and_gather_the_bits_of_one(
+    rte: Dataset, rows: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, encoded = tiny_bert(), rte.select(range(rows))
+    alone = run(model, encoded, batch_size=batch)
+    processes = Processes()
+    monkeypatch.setattr(evaluation, "PartialState", lambda cpu: processes)
+    monkeypatch.setattr(evaluation, "on_every_process", processes.play)
+    together = run(model, encoded, batch_size=batch)
+    assert (together.logits == alone.logits).all()
+    assert together.metrics == alone.metrics
 
 
 def test_the_bar_names_the_model(rte: Dataset, capsys: pytest.CaptureFixture[str]) -> None:

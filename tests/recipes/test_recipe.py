@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from quantsim import QuantConfig
+from quantsim import ConfigError, QuantConfig, QuantSpec
 from recipes.bert_qat import overrides, parse
-from recipes.recipe import Recipe, build, read_recipe
-from recipes.tasks import RecipeError
+from recipes.reading import build, read_recipe
+from recipes.recipe import Recipe
+from recipes.tasks import MODEL_CONFIGS, RecipeError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/*.yaml"))
 SMALL: dict[str, Any] = {
@@ -53,8 +56,9 @@ def test_defaults(file: Path) -> None:
         ("intermediate.0.epoch", "1", r"intermediate\.0\.epoch: no such field; nearest: intermediate\.0\.epochs"),
         ("intermediate.1.lr", "1", "intermediate has the places 0 to 0, not '1'"),
         ("seed.x", "1", "seed is .* and has no fields|seed: "),
-        ("finetune.epochs", "1.5", r"finetune\.epochs: 1\.5; expected a value of type int"),
-        ("finetune.epochs", "true", r"finetune\.epochs: True; expected a value of type int"),
+        ("finetune.batch", "1.5", r"finetune\.batch: 1\.5; expected a value of type int"),
+        ("finetune.epochs", "true", r"finetune\.epochs: True; expected a value of type float"),
+        ("finetune.epochs", "0", r"finetune\.epochs: 0\.0; expected a number above 0"),
         ("finetune.lr", "fast", r"finetune\.lr: 'fast'; expected a value of type float"),
         ("finetune.lr", "0", r"finetune\.lr: 0\.0; expected a number above 0"),
         ("finetune.warmup_ratio", "2", r"finetune\.warmup_ratio: 2\.0; expected a number from 0 to 1"),
@@ -112,3 +116,49 @@ def test_flags_without_sense_are_refused(words: list[str]) -> None:
 def test_a_part_of_a_run_is_not_published(file: Path, partial: list[str]) -> None:
     with pytest.raises(RecipeError, match=f"leave out {partial[0]}"):
         parse(["--recipe", str(file), "--publish", *partial])
+
+
+def test_every_config_has_its_recipe() -> None:
+    found = {path.parent.name + "_" + path.stem for path in RECIPES}
+    assert set(MODEL_CONFIGS) <= found
+    assert {f"bert_{bits}_{task}" for bits in ("w4a8", "w8a16") for task in ("rte", "stsb")} <= found
+    for path in RECIPES:
+        recipe = read_recipe(path)
+        bits = re.fullmatch(r"bert_w(\d+)a(\d+)", path.parent.name)
+        assert bits is not None
+        config = recipe.quantization.config()
+        assert config.weights is not None
+        assert config.activations is not None
+        assert (config.weights.bits, config.activations.bits) == (int(bits[1]), int(bits[2]))
+        assert recipe.task == path.stem
+
+
+def test_a_recipe_extends_another(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "more.yaml").write_text("extends: ../small.yaml\nname: more\nqat: {lr: 7.0e-4}\nintermediate: []\n")
+    whole, more = read_recipe(file), read_recipe(tmp_path / "other" / "more.yaml", {"qat.epochs": "2"})
+    assert more == replace(whole, name="more", intermediate=(), qat=replace(whole.qat, lr=7e-4, epochs=2.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("extends: a.yaml", "leads back to this file"), ("extends: none.yaml", r"none\.yaml: not readable")]
+)
+def test_a_circle_and_a_missing_base_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read_recipe(tmp_path / "a.yaml")
+
+
+def test_bits_and_estimators_reach_the_config(file: Path) -> None:
+    changes = {"quantization.weight_bits": "4", "quantization.calibration.weight_estimator": "mse", "quantization.activation_bits": "16"}
+    quantization = read_recipe(file, changes).quantization
+    config = quantization.config("sqnr")
+    assert config.weights == QuantSpec(bits=4, symmetric=True, axis=0, estimator="mse")
+    assert config.activations == QuantSpec(bits=16, estimator="sqnr")
+    with pytest.raises(ConfigError, match="bits"):
+        read_recipe(file, {"quantization.weight_bits": "40"}).quantization.config()
+
+
+def test_delay_and_freezing_leave_steps_to_learn_in(file: Path) -> None:
+    with pytest.raises(RecipeError, match=r"qat\.delay: 0\.7 and freeze_ranges_last: 0\.4 leave no step"):
+        read_recipe(file, {"qat.delay": "0.7", "qat.freeze_ranges_last": "0.4"})

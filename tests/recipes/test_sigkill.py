@@ -1,0 +1,66 @@
+"""The program is killed by SIGKILL, over and over, and ends with the files of a run that never was."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from model_zoo.cards import read_card, verify
+from tests.recipes.test_bert_qat import files  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "recipes" / "bert_qat.py"
+
+
+def start(recipe: Path, output: Path) -> subprocess.Popen[bytes]:
+    """The program in an interpreter of its own, with a checkpoint every second step."""
+    flags = ["--recipe", str(recipe), "--output_dir", str(output), "--offline", "--save_steps", "2", "--qat.fused", "false"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, str(PROGRAM), *flags], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(program: subprocess.Popen[bytes]) -> None:
+    _, errors = program.communicate(timeout=300)
+    assert program.returncode == 0, errors.decode()
+
+
+def kill_when(program: subprocess.Popen[bytes], output: Path, stage: str, delay: float) -> None:
+    """SIGKILL, ``delay`` seconds after the first checkpoint of a stage begins to be written."""
+    until = time.monotonic() + 300
+    while not (list(output.glob(f"stages/{stage}-*/.saving")) or list(output.glob(f"stages/{stage}-*/step-*"))):
+        assert program.poll() is None, (program.stderr.read() if program.stderr else b"").decode()
+        assert time.monotonic() < until, f"no checkpoint of {stage}"
+        time.sleep(0.001)
+    time.sleep(delay)
+    program.send_signal(signal.SIGKILL)
+    program.communicate()
+
+
+def killed_and_whole(recipe: Path, folder: Path, kills: list[tuple[str, float]]) -> None:
+    finish(start(recipe, folder / "whole"))
+    for stage, delay in kills:
+        kill_when(start(recipe, folder / "killed"), folder / "killed", stage, delay)
+    assert not (folder / "killed" / "bundle" / "card.json").exists()
+    finish(start(recipe, folder / "killed"))
+    whole, killed = (read_card(folder / name / "bundle") for name in ("whole", "killed"))
+    verify(killed)
+    assert killed.files == whole.files  # sizes and hashes of weights and ranges
+    assert killed.metrics == whole.metrics
+
+
+def test_killed_in_every_stage(files: Path, tmp_path: Path) -> None:  # noqa: F811
+    killed_and_whole(files / "rte.yaml", tmp_path, [("mnli", 0.0), ("finetune", 0.02), ("qat", 0.0)])
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments(files: Path, tmp_path: Path) -> None:  # noqa: F811
+    moments = random.Random(0)
+    stages = ["mnli"] * 6 + ["finetune"] * 7 + ["qat"] * 7
+    killed_and_whole(files / "rte.yaml", tmp_path, [(stage, moments.uniform(0.0, 0.2)) for stage in stages])
