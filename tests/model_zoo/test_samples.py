@@ -25,9 +25,25 @@ def plain(text: str) -> str:
     return "".join(character for character in text.casefold() if character.isalnum())
 
 
-def test_there_is_one_for_rte() -> None:
-    assert "rte" in NAMES
+def test_there_is_one_for_every_task() -> None:
+    assert set(NAMES) == set(TASKS)
     assert len(rows_of("rte")) >= 200
+    assert all(len(rows_of(name)) >= 100 for name in NAMES)
+
+
+def test_answers_stand_where_they_are_said_to() -> None:
+    rows = rows_of("squad")
+    assert len({row["context"] for row in rows}) >= 20
+    for row in rows:
+        texts, starts = row["answers"]["text"], row["answers"]["answer_start"]
+        assert texts
+        assert all(row["context"][start : start + len(text)] == text for text, start in zip(texts, starts, strict=True))
+
+
+def test_similarities_are_spread_over_the_scale() -> None:
+    labels = [row["label"] for row in rows_of("stsb")]
+    assert all(isinstance(label, float) and 0 <= label <= 5 for label in labels)
+    assert min(Counter(min(int(label), 4) for label in labels).values()) >= len(labels) // 10
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +66,8 @@ def test_labels_are_balanced(name: str) -> None:
 def test_no_line_twice(name: str) -> None:
     rows, task = rows_of(name), TASKS[name]
     assert max(Counter(tuple(plain(row[column]) for column in task.columns) for row in rows).values()) == 1
-    assert max(Counter(plain(row[task.columns[-1]]) for row in rows).values()) == 1
+    own = task.columns[0] if task.span else task.columns[-1]  # a paragraph serves several questions
+    assert max(Counter(plain(row[own]) for row in rows).values()) == 1
 
 
 def test_a_premise_serves_two_hypotheses_at_most() -> None:
