@@ -42,7 +42,8 @@ class Arguments:
     dataset: str | None = field(default=None, metadata={"help": "a folder in the Hub's layout, or a Hub id; by default the task's own"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "only the first so many rows of each split"})
     checkpoint: str | None = field(
-        default=None, metadata={"help": "another checkpoint: a card's name, a bundle's folder, or a folder of QuantSim.save_pretrained"}
+        default=None,
+        metadata={"help": "another checkpoint: a card's name, a folder (a bundle, or of QuantSim.save_pretrained), a Hub id or a URL"},
     )
     base_model: str | None = field(default=None, metadata={"help": "a folder or Hub id to take the card's base model from"})
     offline: bool = field(default=False, metadata={"help": "never ask the Hub"})
