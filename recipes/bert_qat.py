@@ -1,4 +1,4 @@
-"""Train a W8A8 model by a recipe: fine-tune, calibrate, train quantized, measure what was written, publish.
+"""Train a W8A8 model by a recipe: fine-tune, calibrate, train quantized, write a bundle and measure what was written.
 
     python recipes/bert_qat.py --recipe recipes/bert_w8a8/rte.yaml --dataset FOLDER
 
@@ -21,7 +21,7 @@ from tabulate import tabulate
 from transformers.utils import logging as transformers_logging
 
 from model_zoo.cards import Card
-from model_zoo.publish import publish, write_bundle, write_results
+from model_zoo.publish import write_bundle, write_results
 from quantsim import CalibrationError, CheckpointError, ConfigError, TraceError
 from recipes.base_model import base_state, load_base
 from recipes.data import load_rows, rows_sha256
@@ -68,7 +68,6 @@ def follow(run: Run) -> Card | None:
     card = write_bundle(run.folder / "bundle", fp32, low_rank_delta(sim.model, base), sim, description(run), run.measure)
     if run.processes.is_main_process:
         write_results(run.folder, results(run))
-        card = publish(card) if run.args.publish else card
     return card
 
 
@@ -136,11 +135,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument("--eval_steps", type=int, help="steps between evaluations during training; default none before the end")
     parser.add_argument("--save_steps", type=int, help="steps between checkpoints; default once an epoch")
     parser.add_argument("--offline", action="store_true", help="never ask the Hub")
-    parser.add_argument("--publish", action="store_true", help="copy the bundle to model_zoo/bundles")
     args, rest = parser.parse_known_args(arguments)
-    partial = [name for name in ("fold", "max_steps", "max_train_rows", "max_eval_rows") if getattr(args, name) is not None]
-    if args.publish and (partial or args.stage == "fp32"):
-        raise RecipeError(f"--publish: a part of a run is not published; leave out --{partial[0] if partial else 'stage fp32'}")
     return read_recipe(args.recipe, overrides(rest)), args
 
 

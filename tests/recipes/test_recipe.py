@@ -112,12 +112,6 @@ def test_flags_without_sense_are_refused(words: list[str]) -> None:
         overrides(words)
 
 
-@pytest.mark.parametrize("partial", [["--fold", "0"], ["--max_steps", "1"], ["--stage", "fp32"]], ids=" ".join)
-def test_a_part_of_a_run_is_not_published(file: Path, partial: list[str]) -> None:
-    with pytest.raises(RecipeError, match=f"leave out {partial[0]}"):
-        parse(["--recipe", str(file), "--publish", *partial])
-
-
 def test_every_config_has_its_recipe() -> None:
     found = {path.parent.name + "_" + path.stem for path in RECIPES}
     assert set(MODEL_CONFIGS) <= found
