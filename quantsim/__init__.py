@@ -1,13 +1,17 @@
-"""quantsim: a BERT in 8 bits. Trace, place, insert, calibrate, train, save."""
+"""quantsim: a BERT in 8 bits. Trace, place, insert, calibrate, train, save, lower."""
 
 from quantsim.config import ConfigError, QuantConfig, QuantSpec, Rule
+from quantsim.formats.aimet_encodings import EncodingsError
 from quantsim.formats.checkpoint import CheckpointError
 from quantsim.graph.place import Placement, place
 from quantsim.graph.proof import TraceError
 from quantsim.graph.trace import trace
+from quantsim.lowered import LoweredModel
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State
+from quantsim.report.parity import Parity, compare_lowered
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.insert_quantizers import insert_quantizers
+from quantsim.rewrites.lower_int8 import LoweringError, lower_int8
 from quantsim.sim import QuantSim
 
 __version__ = "0.1.0"
@@ -16,7 +20,11 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "EncodingsError",
     "FakeQuantizer",
+    "LoweredModel",
+    "LoweringError",
+    "Parity",
     "Placement",
     "QuantConfig",
     "QuantSim",
@@ -25,7 +33,9 @@ __all__ = [
     "State",
     "TraceError",
     "clamp_mask",
+    "compare_lowered",
     "insert_quantizers",
+    "lower_int8",
     "place",
     "trace",
 ]

@@ -175,6 +175,8 @@ class QuantConfig:
         inputs: floating-point model inputs are quantized (integer ids never are).
         mask_clamp: the value that takes the place of the attention mask's large negative one; ``None`` keeps the mask.
         supergroups: op sequences that run as one: only the last output is quantized, as ``("linear", "gelu")``.
+        activations_before: only activations that one of these ops reads are quantized (``("linear",)``: what an integer product
+            takes); empty quantizes all.
         rules: exceptions, later ones winning.
         name: the preset's name, for reports.
 
@@ -189,6 +191,7 @@ class QuantConfig:
     inputs: bool = True
     mask_clamp: float | None = -6.0
     supergroups: tuple[tuple[str, ...], ...] = ()
+    activations_before: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     name: str = "custom"
 
@@ -208,10 +211,13 @@ class QuantConfig:
             several = isinstance(group, (tuple, list)) and len(group) > 1
             _expect(several, "QuantConfig.supergroups", group, "at least two ops in each supergroup")
         groups = tuple(tuple(group) for group in self.supergroups)
+        before = self.activations_before
+        _expect(isinstance(before, (tuple, list)), "QuantConfig.activations_before", before, "a list of ops")
         are_rules = isinstance(self.rules, (tuple, list)) and all(isinstance(rule, Rule) for rule in self.rules)
         _expect(are_rules, "QuantConfig.rules", self.rules, "a list of rules")
         _expect(isinstance(self.name, str), "QuantConfig.name", self.name, "text")
         object.__setattr__(self, "supergroups", groups)
+        object.__setattr__(self, "activations_before", tuple(before))
         object.__setattr__(self, "rules", tuple(self.rules))
 
     def with_rules(self, *rules: Rule) -> Self:
@@ -226,6 +232,7 @@ class QuantConfig:
             "inputs": self.inputs,
             "mask_clamp": self.mask_clamp,
             "supergroups": [list(group) for group in self.supergroups],
+            "activations_before": list(self.activations_before),
             "rules": [rule.to_dict() for rule in self.rules],
         }
 

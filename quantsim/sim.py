@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +15,22 @@ from transformers.utils.generic import find_labels
 
 from quantsim.config import ConfigError, QuantConfig
 from quantsim.formats.aimet_config import is_aimet_config, read_aimet_config
+from quantsim.formats.aimet_encodings import LoadedEncodings, load_aimet_encodings, write_aimet_encodings
 from quantsim.formats.checkpoint import load_checkpoint, save_checkpoint
+from quantsim.formats.onnx import export_onnx
+from quantsim.formats.onnx.edges import Bias
 from quantsim.graph.forward import GraphForward, run_on_graph
 from quantsim.graph.place import Placement, place
 from quantsim.graph.trace import trace
+from quantsim.kernels.cpu import missing_for_int8
+from quantsim.lowered import LoweredModel
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State, WeightQuantizer
 from quantsim.quantizers.processes import on_every_process, world_size
 from quantsim.quantizers.range_estimators import Statistics
 from quantsim.report.coverage import coverage_table, summary
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers, weights_of
+from quantsim.rewrites.lower_int8 import lower_int8
 
 Batch = Mapping[str, Tensor]
 Data = Iterable[Batch] | Callable[..., Any]
@@ -177,6 +184,59 @@ class QuantSim:
         if not count and world_size() == 1:  # of several processes some may have none
             raise CalibrationError("no batches to calibrate with; a DataLoader or generator that was used up before gives none")
 
+    # ---- lower ----
+
+    def lower(self) -> LoweredModel:
+        """The simulation on int8 kernels: what it computes, on the integers that it simulates. The simulation stays as it is.
+
+        Linears between 8-bit edges become exact products of integers (oneDNN, ``uint8 × int8`` accumulated in 32 bits), embeddings
+        keep int8 rows, functions of an 8-bit edge become tables. Values agree to float rounding before requantization.
+
+        On a machine whose integer kernels are missing or not exact, products are computed in float32, with a warning that says why.
+
+        Raises:
+            LoweringError: a quantizer that is not calibrated.
+        """
+        fallback = missing_for_int8(next(self.model.parameters()).device)
+        if fallback:
+            warnings.warn(f"lower(): products are computed in float32, no faster than the simulation: {fallback}", stacklevel=2)
+        graph = lower_int8(self.graph, self.placements, packs=not fallback)
+        return LoweredModel(self.model, graph, self.config, self.quantizers, fallback)
+
+    # ---- export ----
+
+    def export_onnx(self, path: str | Path, bias: Bias = "float", opset: int | None = None, *, quantize: bool = True) -> dict[str, str]:
+        """Write an ONNX file that computes what the simulation computes in evaluation, for integer runtimes.
+
+        Every calibrated quantizer becomes ``QuantizeLinear`` and ``DequantizeLinear``::
+
+            q = saturate(round(x / scale) + zero_point),   x_hat = (q - zero_point) * scale
+
+        with a ``Clip`` before it where the grid ends within its type (5 bits in 8). Weights are stored as integers of 4, 8 or 16 bits
+        behind a ``DequantizeLinear``, embeddings are looked up as integers. A quantizer that is off leaves its tensor in floating
+        point. Inputs and outputs are the model's by name (all inputs, the optional ones too), batch and sequence of any size. The
+        config and the versions are in the file's metadata (``quantsim.formats.onnx.read_metadata``), and
+        ``quantsim.formats.onnx.compare_onnx`` compares the file with the simulation edge by edge.
+
+        Args:
+            path: the file. It appears when it is whole and checked; above 2 GB its tensors are in ``<path>.data``.
+            bias: ``"float"``, as the simulation adds them, or ``"int32"``: at ``scale_x * scale_w``, as integer kernels add them,
+                where input and weight of a linear or convolution have a grid. That differs from the simulation by half a step of it.
+            opset: 18 or more; by default 20, and 21 where a type of 4 or 16 bits needs it.
+            quantize: false writes the floating-point model alone (a clamped mask stays clamped), to go with encodings.
+
+        Returns:
+            Each quantizer's placement → the ONNX tensor with its integers, or without ``quantize`` the tensor that it would quantize
+            (of a weight, the initializer).
+
+        Raises:
+            OnnxError: no quantizer is calibrated, an opset too low, weights that are not float32, or an operator that ``torch.onnx``
+                cannot write.
+            ImportError: ``onnx`` or ``onnxscript`` isn't installed; the extra ``quantsim[onnx]`` brings them.
+        """
+        weights = dict(weights_of(self.graph))
+        return export_onnx(path, self.graph, self.config, weights, bias=bias, opset=opset, quantize=quantize)
+
     # ---- save and load ----
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -201,6 +261,53 @@ class QuantSim:
         sim = cls(checkpoint.model, checkpoint.config, in_place=True)
         checkpoint.load_ranges(sim.quantizers)
         return sim
+
+    # ---- encodings of other programs ----
+
+    def export_aimet_encodings(
+        self, path: str | Path, version: str = "torch", *, tensor_names: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """Write the ranges as an AIMET encodings file, whole or not at all.
+
+        ``min`` and ``max`` in it are the ends of the grid, ``(quant_min - zero_point) * scale`` and ``(quant_max - zero_point) *
+        scale``, moved by an ulp or two where AIMET's ``(max - min) / (quant_max - quant_min)`` would else miss the scale's last bit.
+
+        Args:
+            path: the file to write.
+            version: ``"torch"``, the file that ``aimet_torch``'s ``load_encodings`` takes, by module and parameter; or by tensor
+                of an ONNX file, ``"0.6.1"``, ``"1.0.0"`` or ``"2.0.0"``.
+            tensor_names: with an ONNX version, the tensor's name for a placement's name, where they differ.
+
+        Returns:
+            Every quantizer that the file does not hold, by name, and why: the torch-side file has no place for the output of an
+            op between modules (``matmul``, ``softmax``), unless it is a sum, product, quotient or concatenation that a module
+            takes as its input.
+
+        Raises:
+            EncodingsError: no quantizer is calibrated, an unknown version, or tensor names that fit no quantizer or fit two.
+        """
+        return write_aimet_encodings(path, version, self.model, self.placements, self.quantizers, tensor_names)
+
+    def load_aimet_encodings(
+        self, path: str | Path, strict: bool = True, *, tensor_names: Mapping[str, str] | None = None
+    ) -> LoadedEncodings:
+        """Give quantizers the ranges of an AIMET encodings file in any of the four versions: all that it names, or none.
+
+        Scale and zero point are the file's to the bit; a range is then fixed, or learning where its spec says so.
+
+        Args:
+            path: a file as :meth:`export_aimet_encodings` or AIMET writes it.
+            strict: refuse a file with names that no quantizer here has, or without one of those that it could hold.
+            tensor_names: as for :meth:`export_aimet_encodings`.
+
+        Returns:
+            What took a range, what was missing in the file, what has no place in such a file, and what of it is unknown here.
+
+        Raises:
+            EncodingsError: a file that is not one, values that mean nothing, bits, symmetry or channels that are not the
+                quantizer's; no quantizer has changed then.
+        """
+        return load_aimet_encodings(path, self.model, self.placements, self.quantizers, strict, tensor_names)
 
     def __repr__(self) -> str:
         return f"QuantSim({type(self.model).__name__}, {self.config.name}: {summary(self.placements)})"

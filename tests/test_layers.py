@@ -1,4 +1,4 @@
-"""Imports run downwards only: sim → report, rewrites, formats → graph, quantizers → numerics → config."""
+"""Imports run downwards only: sim → lowered → report, rewrites, formats → graph, quantizers, kernels → numerics → config."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ LEVELS = {
     "numerics": 1,
     "graph": 2,
     "quantizers": 2,
+    "kernels": 2,
     "rewrites": 3,
     "formats": 3,
     "report": 3,
-    "sim": 4,
-    "__init__": 5,
+    "lowered": 4,
+    "sim": 5,
+    "__init__": 6,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

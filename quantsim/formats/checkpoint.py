@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from quantsim.config import ConfigError, QuantConfig
+from quantsim.config import ConfigError, QuantConfig, QuantSpec
+from quantsim.numerics.affine import affine_params, dequantize
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, State
 
 WEIGHTS, MODEL_CONFIG, SIM = "model.safetensors", "config.json", "quantsim.json"
@@ -74,12 +75,22 @@ class Checkpoint:
 # ---- write ----
 
 
-def save_checkpoint(folder: str | Path, model: nn.Module, config: QuantConfig, quantizers: Mapping[str, FakeQuantizer]) -> None:
-    """Write a checkpoint. Files appear in ``folder`` only when all of them are complete."""
+def save_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    config: QuantConfig,
+    quantizers: Mapping[str, FakeQuantizer],
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint. Files appear in ``folder`` only when all of them are complete.
+
+    Args:
+        state: the model's tensors, in place of those that it holds; a quantized weight may be its integers.
+    """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; expected a folder to write to")
-    tensors, tied = _untied(plain_state(model) | _ranges(quantizers))
+    tensors, tied = _untied((plain_state(model) if state is None else dict(state)) | _ranges(quantizers))
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
@@ -178,10 +189,26 @@ def load_checkpoint(folder: str | Path, model: nn.Module | None = None) -> Check
     weights = {name: x for name, x in tensors.items() if not name.startswith(RANGES)}
     expected = plain_state(model)
     _same_names(folder / WEIGHTS, "tensors", weights, expected)
+    ranges = {name: x for name, x in tensors.items() if name.startswith(RANGES)}
     for name, x in weights.items():
+        if x.dtype in (torch.int8, torch.uint8) and expected[name].is_floating_point():
+            weights[name] = x = _from_integers(folder, name, x, description["quantizers"], ranges).to(expected[name].dtype)
         _same_kind(folder / WEIGHTS, name, x, expected[name])
     model.load_state_dict(weights)
-    return Checkpoint(folder, model.eval(), config, description["quantizers"], {k: v for k, v in tensors.items() if k.startswith(RANGES)})
+    return Checkpoint(folder, model.eval(), config, description["quantizers"], ranges)
+
+
+def _from_integers(folder: Path, name: str, q: Tensor, quantizers: Mapping[str, Any], ranges: Mapping[str, Tensor]) -> Tensor:
+    """The values of a weight that was written as integers."""
+    low, high = (ranges.get(f"{RANGES}{name}.{end}") for end in ("min", "max"))
+    try:
+        spec = QuantSpec.from_dict(quantizers[name]["spec"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / SIM}: quantizers.{name}.spec: needed to read {name}, which is {q.dtype} ({error!r})") from error
+    sizes = [] if spec.axis is None else [q.shape[spec.axis]]
+    if low is None or high is None or not list(low.shape) == list(high.shape) == sizes:
+        raise CheckpointError(f"{folder / WEIGHTS}: {name} is {q.dtype}; expected {RANGES}{name}.min and .max of shape {sizes} with it")
+    return dequantize(q, affine_params(low, high, spec))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
             spec, reason = config.activations, "" if config.activations else "activations are left as they are"
             if roles.from_ids_alone(node):
                 spec, reason = None, FROM_IDS
+            elif spec is not None and config.activations_before and not roles.is_read_by(node, config.activations_before):
+                spec, reason = None, f"no {' or '.join(config.activations_before)} reads it"
             yield Placement(node, "output", roles.name[node], op, "activation", spec, reason, roles.role.get(node))
 
 

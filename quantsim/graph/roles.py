@@ -7,7 +7,7 @@ the ops around it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -197,6 +197,10 @@ class Roles:
         """The one node that uses this one's values, past those that keep its grid; ``None`` if there are several."""
         users = list(self._users_past(node, KEEPS_GRID))
         return users[0] if len(users) == 1 else None
+
+    def is_read_by(self, node: fx.Node, ops: Sequence[str]) -> bool:
+        """One of these ops uses the node's values, past those that keep its grid."""
+        return any(self.op[user] in ops for user in self._users_past(node, KEEPS_GRID))
 
     def _find_names(self) -> dict[fx.Node, str]:
         computing = [n for n in self.nodes if n.op == "call_function" and is_float(n) and not self.keeps_grid(n)]

@@ -62,16 +62,16 @@ def weights_of(graph: fx.GraphModule) -> Iterator[tuple[WeightQuantizer, Tensor]
         weight = node.args[0]
         if op_of(weight, graph) == "embedding":
             weight = weight.args[WEIGHTS["embedding"].index]
-        yield quantizer, _evaluate(graph, weight)
+        yield quantizer, evaluate(graph, weight)
 
 
-def _evaluate(graph: fx.GraphModule, node: fx.Node) -> Tensor:
+def evaluate(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     """The value of a node that depends on parameters alone."""
     if node.op == "get_attr":
         return resolve(graph, str(node.target))  # type: ignore[return-value]
     assert callable(node.target)
-    args = fx.map_arg(node.args, lambda n: _evaluate(graph, n))
-    kwargs = fx.map_arg(node.kwargs, lambda n: _evaluate(graph, n))
+    args = fx.map_arg(node.args, lambda n: evaluate(graph, n))
+    kwargs = fx.map_arg(node.kwargs, lambda n: evaluate(graph, n))
     return node.target(*args, **kwargs)  # type: ignore[no-any-return]
 
 

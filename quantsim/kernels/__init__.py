@@ -1,0 +1,1 @@
+"""What a lowered graph runs: edges that are stored as integers, and products of integers."""

@@ -1,0 +1,140 @@
+"""A linear layer on integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quantsim.kernels.cpu import onednn
+from quantsim.kernels.edges import Grid, to_integers
+
+PostOp = Literal["none", "relu", "gelu"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one of the layers in a product gives: its width, the grid of its edge, or ``None`` for float32, and its weight's name."""
+
+    width: int
+    grid: Grid | None = None
+    weight: str = ""
+
+
+class Int8Linear(nn.Module):
+    """``post_op(scale_x * scale_w * ((q_x - zero_point) @ q_w.T) + bias)``, requantized where the edge that follows is quantized.
+
+    The product is exact, accumulated in 32 bits; scales, bias and post-op are float32.
+
+    Args:
+        weight: ``q_w``, int8 ``[out, in]``; it is packed, and not kept beside.
+        weight_scale: float32 ``[out]``.
+        bias: float32 ``[out]``, or ``None``.
+        grid: of ``q_x``.
+        packs: run on oneDNN's kernel; else the same product in float32, for machines where that kernel isn't exact.
+        name: of the weight.
+
+    ``out`` is the width of several layers together where they read the same edge (query, key and value): ``outputs`` says
+    what each of them gives; either all of them are requantized, or none.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    output_scale: Tensor
+    output_bias: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, grid: Grid, packs: bool = True, name: str = "") -> None:
+        super().__init__()
+        self.grid, self.packs = grid, packs
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight_scale", weight_scale.float().expand(self.out_features).contiguous())
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.register_buffer("no_zero_points", torch.zeros(self.out_features, dtype=torch.int32), persistent=False)
+        self.register_buffer("weight", onednn.qlinear_prepack(weight.contiguous(), None) if packs else weight.contiguous())
+        self.outputs: Sequence[Output] = (Output(self.out_features, weight=name),)
+        self.post_op: PostOp = "none"
+        self.algorithm = "none"  # of GELU: none (erf) or tanh
+
+    def integers(self) -> Tensor:
+        """``q_w``, int8 ``[out, in]``, as it was given."""
+        return self.weight.to_dense().t().contiguous() if self.packs else self.weight
+
+    def parts(self) -> Iterator[tuple[str, slice]]:
+        """The name of each layer's weight, and its rows in :meth:`integers`."""
+        start = 0
+        for out in self.outputs:
+            yield out.weight, slice(start, start + out.width)
+            start += out.width
+
+    @property
+    def requantizes(self) -> bool:
+        return self.outputs[0].grid is not None
+
+    def forward(self, q: Tensor) -> Tensor:
+        """``[..., in]`` of ``grid.dtype`` → ``[..., out]``, float32 or the dtype of the outputs' grid."""
+        if not self.requantizes:
+            return self._product(q, self.weight_scale, self.bias, None)
+        if len(self.outputs) == 1:
+            return self._product(q, self.weight_scale, self.bias, self.outputs[0].grid)
+        return self._product(q, self.output_scale, self.output_bias, self._unit_grid)
+
+    def in_float(self, q: Tensor) -> Tensor:
+        """What :meth:`forward` gives before it is requantized."""
+        return self._product(q, self.weight_scale, self.bias, None)
+
+    def give(self, outputs: Sequence[Output]) -> None:
+        """Set what the product gives.
+
+        Several grids become one of scale 1 and zero point 0: ``round(y / s + z)`` is ``round(y / s) + z``, so each layer's scale
+        goes into its channels' scales and its zero point into their bias.
+        """
+        self.outputs = tuple(outputs)
+        if len(outputs) == 1 or not self.requantizes:
+            return
+        grids = [out.grid for out in outputs]
+        widths = torch.tensor([out.width for out in outputs])
+        assert all(grid is not None and grid.dtype == grids[0].dtype for grid in grids if grids[0] is not None)
+        scales = torch.tensor([grid.scale for grid in grids if grid]).repeat_interleave(widths)
+        zero_points = torch.tensor([float(grid.zero_point) for grid in grids if grid]).repeat_interleave(widths)
+        self.register_buffer("output_scale", self.weight_scale / scales, persistent=False)
+        self.register_buffer("output_bias", zero_points if self.bias is None else self.bias / scales + zero_points, persistent=False)
+        first = grids[0]
+        assert first is not None
+        self._unit_grid = Grid(1.0, 0, first.quant_min, first.quant_max)
+
+    def _product(self, q: Tensor, scale: Tensor, bias: Tensor | None, out: Grid | None) -> Tensor:
+        if not self.packs:
+            return self._in_float32(q, scale, bias, out)
+        args: list[Any] = [1.0, 0, torch.float32] if out is None else [out.scale, out.zero_point, out.dtype]
+        y: Tensor = onednn.qlinear_pointwise(
+            q, self.grid.scale, self.grid.zero_point, self.weight, scale, self.no_zero_points, bias, *args, self.post_op, [], self.algorithm
+        )
+        return y
+
+    def _in_float32(self, q: Tensor, scale: Tensor, bias: Tensor | None, out: Grid | None) -> Tensor:
+        y = functional.linear(q.float() - self.grid.zero_point, self.weight.float()) * (scale * self.grid.scale)
+        if bias is not None:
+            y = y + bias
+        if self.post_op == "relu":
+            y = functional.relu(y)
+        elif self.post_op == "gelu":
+            y = functional.gelu(y, approximate=self.algorithm)
+        return y if out is None else to_integers(y, *out.numbers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
+        """A copy that shares the packed weight: it is read-only, and torch can't copy it."""
+        copy = self.__new__(type(self))
+        nn.Module.__init__(copy)
+        copy.__dict__.update({k: v for k, v in self.__dict__.items() if k not in ("_buffers", "_non_persistent_buffers_set")})
+        copy._buffers = dict(self._buffers)
+        copy._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        return copy
+
+    def extra_repr(self) -> str:
+        out = ", ".join(f"{out.width} × {'float32' if out.grid is None else out.grid.dtype}" for out in self.outputs)
+        return f"in={self.in_features}, out={out}, post_op={self.post_op}"

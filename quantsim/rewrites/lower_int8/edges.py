@@ -1,0 +1,87 @@
+"""Quantized edges → integers in storage: ``to_integers`` behind the op that makes the edge, ``from_integers`` before those that read it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+from torch import fx
+
+from quantsim.graph.roles import KEEPS_GRID, op_of
+from quantsim.kernels.edges import EDGE, GRID, Grid, from_integers, on_grid, to_integers
+from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+
+MOVES = KEEPS_GRID - {"to"}  # a conversion to float32 is no move of integers
+LISTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
+
+
+def edges_to_integers(graph: fx.GraphModule) -> None:
+    """Every activation quantizer of at most 8 bits with one range becomes ``to_integers`` and ``from_integers``."""
+    for node in list(graph.graph.nodes):
+        quantizer = quantizer_of(node, graph)
+        if quantizer is None or isinstance(quantizer, WeightQuantizer):
+            continue
+        node.meta = node.meta | {EDGE: quantizer.name}
+        if quantizer.spec.bits > 8 or quantizer.spec.axis is not None:
+            continue
+        grid = Grid.of(quantizer.affine_params())
+        with graph.graph.inserting_before(node):
+            stored = graph.graph.call_function(to_integers, (node.args[0], *grid.numbers))
+            read = dequantize(graph, stored, grid)
+        stored.meta = {EDGE: quantizer.name, GRID: grid}
+        node.replace_all_uses_with(read)
+        graph.graph.erase_node(node)
+
+
+def quantizer_of(node: fx.Node, graph: fx.GraphModule) -> FakeQuantizer | None:
+    """The quantizer that the node calls, if it calls one."""
+    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if isinstance(module, FakeQuantizer) else None
+
+
+def dequantize(graph: fx.GraphModule, stored: fx.Node, grid: Grid) -> fx.Node:
+    """A node that reads integers as float32, at the graph's insertion point."""
+    read = graph.graph.call_function(from_integers, (stored, grid.scale, grid.zero_point))
+    read.meta = {GRID: grid}
+    return read
+
+
+def sink_dequantize(graph: fx.GraphModule) -> None:
+    """Move values as integers: ``view(from_integers(q))`` becomes ``from_integers(view(q))``, and so for every op that only moves."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or op_of(node, graph) not in MOVES or node.target is operator.getitem:
+            continue
+        read = node.args[0]
+        if not (isinstance(read, fx.Node) and read.target is from_integers):
+            continue
+        stored, grid = read.args[0], read.meta[GRID]
+        node.update_arg(0, stored)
+        for moved in _tensors_from(node, graph):
+            users = list(moved.users)
+            with graph.graph.inserting_after(moved):
+                back = dequantize(graph, moved, grid)
+            for user in users:
+                user.replace_input_with(moved, back)
+            moved.meta = {k: v for k, v in moved.meta.items() if k != "val"} | {GRID: grid}
+
+
+def _tensors_from(node: fx.Node, graph: fx.GraphModule) -> Iterator[fx.Node]:
+    """The node itself, or what is taken from the list that it makes."""
+    if op_of(node, graph) in LISTS:
+        yield from list(node.users)
+    else:
+        yield node
+
+
+def forget_unread_integers(graph: fx.GraphModule) -> None:
+    """An edge that only floating-point ops read isn't stored: ``from_integers(to_integers(x))`` becomes ``on_grid(x)``."""
+    for node in list(graph.graph.find_nodes(op="call_function", target=to_integers)):
+        if any(user.target is not from_integers for user in node.users):
+            continue
+        with graph.graph.inserting_after(node):
+            value = graph.graph.call_function(on_grid, node.args)
+        value.meta = dict(node.meta)
+        for user in list(node.users):
+            user.replace_all_uses_with(value)
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)

@@ -1,0 +1,176 @@
+"""Lowering: which kernels the graph gets, and that it computes what the simulation does."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import fx
+
+from quantsim import LoweringError, QuantConfig, QuantSim, Rule, lower_int8
+from quantsim.graph.roles import op_of
+from quantsim.kernels.edges import from_integers, look_up, on_grid, to_integers
+from quantsim.kernels.int8_linear import Int8Linear
+from quantsim.quantizers.fake_quantizer import FakeQuantizer
+from tests.tiny import HEADS, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_sim
+
+PRESETS = QuantConfig.presets()
+
+
+def lowered(sim: QuantSim, packs: bool = True) -> fx.GraphModule:
+    return lower_int8(sim.graph, sim.placements, packs)
+
+
+def calls(graph: fx.GraphModule) -> Counter[str]:
+    """How often each kernel or op is called."""
+    names = Counter[str]()
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            names[type(graph.get_submodule(str(node.target))).__name__] += 1
+        elif node.op == "call_function":
+            names[op_of(node, graph)] += 1
+    return names
+
+
+@torch.no_grad()
+def same_as_simulated(sim: QuantSim, graph: fx.GraphModule, head: str = "BertForSequenceClassification") -> None:
+    """Logits within a step of the last grid where a value fell on the other side of a tie, nearly always equal."""
+    for rows, length in ((4, 10), (1, 1), (3, 17)):
+        batch = batch_for(head, rows, length, seed=rows)
+        expected, found = tensors_of(sim.model(**batch)), tensors_of(graph(**batch))
+        assert list(found) == list(expected)
+        for name, x in expected.items():
+            torch.testing.assert_close(found[name], x, rtol=0, atol=0.02 * x.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("packs", [True, False], ids=["kernel", "float32"])
+def test_every_preset_computes_what_its_simulation_does(preset, packs):
+    sim = tiny_sim(config=preset)
+    same_as_simulated(sim, lowered(sim, packs))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head(head):
+    sim = tiny_sim(head)
+    same_as_simulated(sim, lowered(sim), head)
+
+
+def test_aimet_has_no_linear_and_no_gelu_in_float():
+    found = calls(lowered(tiny_sim()))
+    assert found["Int8Linear"] == 10  # query, key and value are one; pooler and classifier
+    assert found["linear"] == found["gelu"] == found["tanh"] == 0
+    assert found["look_up"] == 3  # two GELUs, a tanh
+    assert found["FakeQuantizer"] == found["WeightQuantizer"] == found["Dropout"] == 0
+
+
+def test_deploy_keeps_floats_between_products_alone():
+    graph = lowered(tiny_sim(config="deploy"))
+    found = calls(graph)
+    assert found["Int8Linear"] == 10
+    assert found["scaled_dot_product_attention"] == 2
+    assert found["softmax"] == found["matmul"] == found["gelu"] == found["on_grid"] == 0
+    fused = [m for m in graph.modules() if isinstance(m, Int8Linear) and m.post_op == "gelu"]
+    assert len(fused) == 2
+    assert all(m.requantizes for m in fused)
+    products = [m for m in graph.modules() if isinstance(m, Int8Linear) and len(m.outputs) == 3]
+    assert [out.width for out in products[0].outputs] == [16, 16, 16]
+
+
+def test_deploy_quantizes_what_linears_read():
+    sim = tiny_sim(config="deploy")
+    quantized = [p.name for p in sim.placements if p.spec and p.role == "activation"]
+    layer = "bert.encoder.layer.0."
+    assert [name.removeprefix(layer) for name in quantized if name.startswith(layer)] == [
+        "attention.self.matmul_1",
+        "attention.output.LayerNorm.output",
+        "intermediate.intermediate_act_fn.output",
+        "output.LayerNorm.output",
+    ]
+    assert [name for name in quantized if "encoder" not in name] == ["bert.embeddings.LayerNorm.output", "bert.pooler.activation.output"]
+
+
+def test_integers_are_moved_as_integers():
+    graph = lowered(tiny_sim())
+    for node in graph.graph.nodes:
+        if op_of(node, graph) in ("view", "transpose", "reshape", "contiguous"):
+            assert node.args[0].target is not from_integers, node
+
+
+def test_an_edge_that_only_floats_read_is_not_stored():
+    graph = lowered(tiny_sim())
+    for node in graph.graph.find_nodes(op="call_function", target=to_integers):
+        assert any(user.target is not from_integers for user in node.users), node
+    assert graph.graph.find_nodes(op="call_function", target=on_grid)
+
+
+def test_no_weight_is_kept_in_float32():
+    graph = lowered(tiny_sim())
+    matrices = [name for name, x in graph.named_buffers() if x.ndim > 1 and x.is_floating_point()]
+    assert matrices == []
+    assert list(graph.parameters()) == []
+
+
+def test_the_simulation_stays_as_it_is():
+    sim = tiny_sim()
+    before = sim.model(**tiny_batch()).logits
+    names = list(sim.model.state_dict())
+    lowered(sim)
+    assert torch.equal(sim.model(**tiny_batch()).logits, before)
+    assert list(sim.model.state_dict()) == names
+
+
+def test_low_rank_weights_are_computed_once():
+    from recipes.low_rank import add_low_rank
+
+    model = tiny_bert()
+    add_low_rank(model, 2, seed=0)
+    sim = QuantSim(model)
+    sim.compute_encodings([tiny_batch()])
+    graph = lowered(sim)
+    same_as_simulated(sim, graph)
+    assert calls(graph)["Int8Linear"] == 10
+
+
+@pytest.mark.parametrize(
+    "rule, kept",
+    [
+        (Rule(op="linear", role="weight", set={"bits": 16}), "linear"),
+        (Rule(op="linear", role="weight", set={"symmetric": False}), "linear"),
+        (Rule(op="layer_norm", role="activation", set={"bits": 16}), "FakeQuantizer"),
+        (Rule(op="gelu", role="activation", enabled=False), "linear"),
+    ],
+    ids=["16-bit weights", "asymmetric weights", "16-bit activations", "floats come in"],
+)
+def test_what_has_no_integer_kernel_stays_as_it_was_simulated(rule, kept):
+    sim = tiny_sim(config=QuantConfig.preset("aimet").with_rules(rule))
+    graph = lowered(sim)
+    assert calls(graph)[kept] > 0
+    same_as_simulated(sim, graph)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_narrow_grids_are_kept(bits):
+    sim = tiny_sim(config=QuantConfig.preset("aimet").with_rules(Rule(module="*", role="activation", set={"bits": bits})))
+    same_as_simulated(sim, lowered(sim))
+
+
+def test_symmetric_activations_are_int8():
+    config = QuantConfig.preset("aimet").with_rules(Rule(module="*", role="activation", set={"symmetric": True}))
+    sim = tiny_sim(config=config)
+    graph = lowered(sim)
+    same_as_simulated(sim, graph)
+    assert {m.grid.dtype for m in graph.modules() if isinstance(m, Int8Linear)} == {torch.int8}
+    assert {node.args[2] for node in graph.graph.find_nodes(op="call_function", target=look_up)} == {-128}
+
+
+def test_an_uncalibrated_simulation_is_refused():
+    with pytest.raises(LoweringError, match=r"word_embeddings.*is off; call compute_encodings"):
+        lowered(tiny_sim(calibrated=False))
+
+
+def test_learning_ranges_are_frozen_as_they_are():
+    sim = tiny_sim()
+    assert any(isinstance(m, FakeQuantizer) and m.min.requires_grad for m in sim.model.modules())
+    assert not any(x.requires_grad for x in lowered(sim).state_dict().values())

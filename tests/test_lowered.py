@@ -1,0 +1,93 @@
+"""The lowered model as its users hold it: transformers' outputs, save and load, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quantsim import CheckpointError, LoweringError, QuantSim
+from quantsim.kernels import cpu
+from tests.formats.sealed import edit_tensors
+from tests.tiny import LABELS, tensors_of, tiny_batch, tiny_sim
+
+
+def test_it_takes_and_gives_what_the_model_does():
+    sim = tiny_sim()
+    lowered = sim.lower()
+    batch = tiny_batch(seed=5)
+    expected, found = sim.model(**batch), lowered.model(**batch)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=0.05)
+    assert isinstance(lowered.model, type(sim.model))
+    assert lowered.model.config.num_labels == 2
+    as_tuple = lowered.model(batch["input_ids"], return_dict=False)
+    assert isinstance(as_tuple, tuple)
+
+
+def test_any_batch_and_length():
+    lowered = tiny_sim().lower()
+    for rows, length in ((1, 1), (7, 3), (2, 33)):
+        assert lowered.model(**tiny_batch(rows, length)).logits.shape == (rows, 2)
+
+
+def test_a_loss_that_the_simulation_had_traced():
+    sim = tiny_sim()  # traced with LABELS
+    lowered = sim.lower()
+    with torch.no_grad():
+        expected = sim.model(**tiny_batch(), labels=LABELS)
+        found = lowered.model(**tiny_batch(), labels=LABELS)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=1e-2)
+
+
+def test_a_loss_that_it_had_not_is_refused():
+    lowered = tiny_sim(config="deploy").lower()
+    with pytest.raises(LoweringError, match=r"has no loss for labels.*before sim\.lower"):
+        lowered.model(**tiny_batch(), labels=LABELS)
+
+
+def test_training_is_refused():
+    lowered = tiny_sim().lower()
+    lowered.model.eval()
+    with pytest.raises(LoweringError, match=r"Train the simulation"):
+        lowered.model.train()
+    assert not any(p.requires_grad for p in lowered.model.parameters())
+
+
+@pytest.mark.parametrize("preset", ["aimet", "deploy", "aimet_per_tensor"])
+def test_saved_as_integers_and_loaded(tmp_path, preset):
+    sim = tiny_sim(config=preset)
+    lowered = sim.lower()
+    lowered.save_pretrained(tmp_path / "int8")
+    sim.save_pretrained(tmp_path / "float")
+    again = QuantSim.from_pretrained(tmp_path / "int8")
+    batch = tiny_batch(seed=6)
+    for name, x in tensors_of(lowered.model(**batch)).items():
+        assert torch.equal(again.lower().model(**batch)[name], x)
+        assert torch.equal(again.model(**batch)[name], sim.model(**batch)[name])
+    sizes = [(tmp_path / kind / "model.safetensors").stat().st_size for kind in ("int8", "float")]
+    assert sizes[0] < sizes[1]
+
+
+def test_a_file_without_the_ranges_of_its_integers_is_refused(tmp_path):
+    tiny_sim().lower().save_pretrained(tmp_path)
+    edit_tensors(tmp_path, {"quantizers.classifier.weight.min": None})
+    with pytest.raises(CheckpointError, match=r"classifier.weight is torch.int8; expected quantizers.classifier.weight.min"):
+        QuantSim.from_pretrained(tmp_path)
+
+
+def test_a_machine_without_exact_kernels_computes_in_float32_and_says_so(monkeypatch):
+    monkeypatch.setattr(cpu, "_missing_on_cpu", lambda: "the kernels saturate")
+    sim = tiny_sim()
+    with pytest.warns(UserWarning, match=r"computed in float32.*the kernels saturate"):
+        lowered = sim.lower()
+    torch.testing.assert_close(lowered.model(**tiny_batch()).logits, sim.model(**tiny_batch()).logits, rtol=0, atol=0.05)
+    assert "in float32" in str(lowered)
+    assert "the kernels saturate" in str(lowered)
+
+
+def test_printed(tmp_path):
+    text = str(tiny_sim().lower())
+    assert "10 int8 product" in text.splitlines()[0]
+    assert "query.output + bert.encoder.layer.0.attention.self.key.output + " in text
+    assert "torch has no batched product of integers" in text
+    assert repr(tiny_sim().lower()).startswith("LoweredModel(BertForSequenceClassification, aimet: ")
