@@ -1,0 +1,41 @@
+"""One engine in a process of its own, so that no engine's threads or memory disturb another's.
+
+Reads a line of JSON, does it, answers with a line of JSON: ``{"run": [rows, tokens]}`` → ``{"seconds": s}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.engines.engines import ENGINES
+from benchmarks.engines.inputs import batch
+
+
+def main() -> None:
+    engine, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    try:
+        run = ENGINES[engine](folder)
+    except Exception as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}), file=answers, flush=True)
+        return
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        rows, tokens = json.loads(line)["run"]
+        inputs = batch(rows, tokens)
+        began = time.perf_counter()
+        run(inputs)
+        print(json.dumps({"seconds": time.perf_counter() - began}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
