@@ -3,6 +3,7 @@
 from quantsim.config import ConfigError, QuantConfig, QuantSpec, Rule
 from quantsim.formats.aimet_encodings import EncodingsError
 from quantsim.formats.checkpoint import CheckpointError
+from quantsim.formats.onnx import OnnxError
 from quantsim.graph.place import Placement, place
 from quantsim.graph.proof import TraceError
 from quantsim.graph.trace import trace
@@ -24,6 +25,7 @@ __all__ = [
     "FakeQuantizer",
     "LoweredModel",
     "LoweringError",
+    "OnnxError",
     "Parity",
     "Placement",
     "QuantConfig",

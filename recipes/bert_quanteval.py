@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging as transformers_logging
 
 from model_zoo.cards import find, how_to_train, published
-from quantsim import CalibrationError, CheckpointError, ConfigError, QuantConfig, TraceError
+from quantsim import CalibrationError, CheckpointError, ConfigError, LoweringError, OnnxError, QuantConfig, TraceError
 from quantsim.config import near
 from recipes.artifacts import Artifact, resolve
 from recipes.backends import BACKENDS
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(listing())
             return 0
         run(arguments)
-    except (RecipeError, CheckpointError, ConfigError, TraceError, CalibrationError) as error:
+    except (RecipeError, CheckpointError, ConfigError, TraceError, CalibrationError, LoweringError, OnnxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantsim import CalibrationError, CheckpointError, ConfigError, Parity, TraceError, compare_lowered, lower_int8
+from quantsim import CalibrationError, CheckpointError, ConfigError, LoweringError, Parity, TraceError, compare_lowered, lower_int8
 from recipes.artifacts import resolve
 from recipes.data import encode, load_rows
 from recipes.tasks import MODEL_CONFIGS, RecipeError, task_of
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         parity = compare(args.model_config, args.dataset, args.checkpoint, args.max_eval_samples, args.per_device_eval_batch_size)
-    except (RecipeError, CheckpointError, ConfigError, TraceError, CalibrationError) as error:
+    except (RecipeError, CheckpointError, ConfigError, TraceError, CalibrationError, LoweringError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(parity)

@@ -26,7 +26,8 @@ def main() -> None:
     try:
         run = ENGINES[engine](folder)
     except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"}), file=answers, flush=True)
+        first = next(iter(str(error).strip().splitlines()), "")
+        print(json.dumps({"error": f"{type(error).__name__}: {first}"}), file=answers, flush=True)
         return
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
