@@ -8,13 +8,17 @@ import pytest
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_has_fifteen_lines_and_runs(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(code.splitlines()) <= 15
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
+    first, second = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(first.splitlines()) <= 15
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
-    exec(code, scope)
+    exec(first, scope)
     assert "bert.pooler.dense.weight" in capsys.readouterr().out
+    exec(second, scope)
+    assert "int8 product" in capsys.readouterr().out
+    for path in ("bert-int8/model.safetensors", "bert-qdq.onnx", "bert.encodings"):
+        assert (tmp_path / path).is_file()
     assert (tmp_path / "bert-w8a8" / "model.safetensors").is_file()
     assert type(scope["again"]) is type(scope["sim"])
 

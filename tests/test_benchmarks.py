@@ -1,0 +1,29 @@
+"""The benchmark's command runs, on one small shape."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from benchmarks.engines.inputs import operations
+
+
+def test_the_operations_of_a_layer_are_those_of_its_linears() -> None:
+    whole, head = operations("MiniLM", 8, 128), 2 * 8 * (384 * 384 + 2 * 384)
+    assert whole - head == 2 * 8 * 128 * 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.engines.__main__ import main
+
+    flags = ["--models", "MiniLM", "--shapes", "1x32", "--turns", "1", "--engines", "ours deploy lowered", "--output", str(tmp_path)]
+    assert main(flags) == 0
+    rows = list(csv.DictReader((tmp_path / "engines.csv").open()))
+    assert [row["engine"] for row in rows] == ["torch FP32", "ours deploy lowered"]
+    assert all(float(row["milliseconds"]) > 0 for row in rows)
+    assert "| ours deploy lowered |" in (tmp_path / "engines.md").read_text()
+    assert (tmp_path / "engines.png").stat().st_size > 5000
