@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ class LoweredModel:
         self._state = _compact_state(model, graph, quantizers)
         self.model = _shell(model, graph)
 
-    def compile(self) -> LoweredModel:
+    def compile(self, backend: str = "inductor") -> LoweredModel:
         """Let ``torch.compile`` fuse what is between the products; returns the same object.
 
-        Compiled at the first call, once for all batch sizes and sequence lengths; takes minutes for a large model and needs a
-        C++ compiler. Weights become constants of the compiled code ("freezing").
+        Compiled at the first call, once for all batch sizes and lengths (and once more for a batch of one row); that takes minutes
+        for a large model and needs a C++ compiler. Weights become constants of the compiled code ("freezing").
         """
-        self.model.__dict__["forward"].graph = compiled(self.graph)
+        self.model.__dict__["forward"].graph = compiled(self.graph, backend)
         return self
 
     @property
@@ -60,7 +61,9 @@ class LoweredModel:
         It has the form that :meth:`QuantSim.save_pretrained` writes; :meth:`QuantSim.from_pretrained` reads it too, with weights on
         their grid.
         """
-        state = {name: tensor() for name, tensor in self._state.items()}
+        values = {tensor: tensor() for tensor in set(self._state.values())}
+        names = sorted(self._state, key=lambda name: name not in self._quantizers)  # tied weights are kept by their quantizer's name
+        state = {name: values[self._state[name]] for name in names}
         save_checkpoint(folder, self.model, self.config, self._quantizers, state)
 
     def __repr__(self) -> str:
@@ -71,9 +74,9 @@ class LoweredModel:
         return lowering_table(self.graph) + note
 
 
-def compiled(graph: fx.GraphModule) -> Callable[..., Any]:
+def compiled(graph: fx.GraphModule, backend: str) -> Callable[..., Any]:
     """The graph under ``torch.compile``: dynamic shapes, no graph breaks, weights as constants."""
-    function = torch.compile(graph, dynamic=True, fullgraph=True)
+    function = torch.compile(graph, dynamic=True, fullgraph=True, backend=backend)
 
     def run(**inputs: Tensor) -> Any:
         with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # read when Dynamo traces; options= comes too late
@@ -110,24 +113,37 @@ def _shell(model: nn.Module, graph: fx.GraphModule) -> nn.Module:
     new = _InferenceForward(shell, graph)
     new.losses = dict(forward.losses)
     shell.forward = new
+    like = next(model.parameters())
+    # transformers asks a model's first parameter for its dtype and device
+    shell.register_parameter("no_weights", nn.Parameter(torch.empty(0, dtype=like.dtype, device=like.device)))
     shell.eval()
-    shell.train = _refuse_training  # type: ignore[assignment]
+    shell.train = partial(_refuse_training, shell)  # type: ignore[method-assign]
+    shell.save_pretrained = partial(_refuse_saving, type(model).__name__)  # type: ignore[assignment]
     shell.requires_grad_(False)
     return shell
 
 
-def _refuse_training(mode: bool = True) -> None:
+def _refuse_training(shell: nn.Module, mode: bool = True) -> nn.Module:
     if mode:
         raise LoweringError(
             "a lowered model is for inference: its weights are integers. Train the simulation (sim.model) and lower it again"
         )
-    return
+    return shell
+
+
+def _refuse_saving(name: str, *_: Any, **__: Any) -> None:
+    raise LoweringError(f"{name}: is lowered, and transformers can't save integer weights; call save_pretrained of what sim.lower() gave")
 
 
 def _compact_state(model: nn.Module, graph: fx.GraphModule, quantizers: Mapping[str, FakeQuantizer]) -> dict[str, Callable[[], Tensor]]:
     """How to get each of the model's tensors: integers from the graph that holds them, the rest as they are."""
-    integers = dict(_integers(graph))
-    return {name: integers[name] if name in integers else _as_is(x) for name, x in plain_state(model).items()}
+    integers, state = dict(_integers(graph)), plain_state(model)
+    tied = {_memory(x): integers[name] for name, x in state.items() if name in integers}
+    return {name: tied[_memory(x)] if _memory(x) in tied else _as_is(x) for name, x in state.items()}
+
+
+def _memory(x: Tensor) -> tuple[int, torch.Size]:
+    return x.data_ptr(), x.shape
 
 
 def _as_is(x: Tensor) -> Callable[[], Tensor]:

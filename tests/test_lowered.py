@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from quantsim import CheckpointError, LoweringError, QuantSim
 from quantsim.kernels import cpu
-from tests.formats.sealed import edit_tensors
+from tests.formats.sealed import SIM, edit, edit_tensors
 from tests.tiny import LABELS, tensors_of, tiny_batch, tiny_sim
 
 
@@ -47,7 +52,8 @@ def test_a_loss_that_it_had_not_is_refused():
 
 def test_training_is_refused():
     lowered = tiny_sim().lower()
-    lowered.model.eval()
+    assert lowered.model.eval() is lowered.model
+    assert copy.deepcopy(lowered.model).train(False).forward.graph is not lowered.graph
     with pytest.raises(LoweringError, match=r"Train the simulation"):
         lowered.model.train()
     assert not any(p.requires_grad for p in lowered.model.parameters())
@@ -91,3 +97,55 @@ def test_printed(tmp_path):
     assert "query.output + bert.encoder.layer.0.attention.self.key.output + " in text
     assert "torch has no batched product of integers" in text
     assert repr(tiny_sim().lower()).startswith("LoweredModel(BertForSequenceClassification, aimet: ")
+
+
+def test_transformers_find_its_dtype_and_device():
+    model = tiny_sim().lower().model
+    assert model.dtype is torch.float32
+    assert model.device == torch.device("cpu")
+    assert model.num_parameters() == 0
+
+
+def test_ways_to_save_that_cannot_hold_it_are_refused(tmp_path):
+    model = tiny_sim().lower().model
+    with pytest.raises(LoweringError, match=r"call save_pretrained of what sim\.lower\(\) gave"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"LoweredModel\.save_pretrained"):
+        torch.save(model, io.BytesIO())
+
+
+def test_a_tied_weight_is_saved_once_as_integers(tmp_path):
+    sim = tiny_sim("BertForMaskedLM")
+    lowered = sim.lower()
+    lowered.save_pretrained(tmp_path)
+    shapes = {name: (x.dtype, x.shape) for name, x in load_file(tmp_path / "model.safetensors").items() if x.ndim > 1}
+    assert {dtype for dtype, _ in shapes.values()} == {torch.int8}
+    assert sum(shape[0] == sim.model.config.vocab_size for _, shape in shapes.values()) == 1
+    again = QuantSim.from_pretrained(tmp_path)
+    batch = tiny_batch(seed=6)
+    assert torch.equal(again.model(**batch).logits, sim.model(**batch).logits)
+    assert torch.equal(again.lower().model(**batch).logits, lowered.model(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda x: x.to(torch.uint8), r"classifier.weight is torch.uint8; expected torch.int8 from -128 to 127"),
+        (lambda x: x[:0], r"classifier.weight is torch.int8; expected"),
+    ],
+    ids=["another type", "empty"],
+)
+def test_integers_that_are_not_the_quantizers_are_refused(tmp_path, make, message):
+    tiny_sim().lower().save_pretrained(tmp_path)
+    edit_tensors(tmp_path, {"classifier.weight": make(load_file(tmp_path / "model.safetensors")["classifier.weight"]).contiguous()})
+    with pytest.raises(CheckpointError, match=message):
+        QuantSim.from_pretrained(tmp_path)
+
+
+def test_integers_along_an_axis_that_is_not_there_are_refused(tmp_path):
+    tiny_sim().lower().save_pretrained(tmp_path)
+    quantizers = json.loads((tmp_path / SIM).read_text())["quantizers"]
+    quantizers["classifier.weight"]["spec"]["axis"] = 5
+    edit(tmp_path, SIM, quantizers=quantizers)
+    with pytest.raises(CheckpointError, match=r"classifier.weight.spec.axis is 5; classifier.weight has 2 axes"):
+        QuantSim.from_pretrained(tmp_path)

@@ -234,8 +234,6 @@ def openvino_ours(preset: str) -> Callable[[Path], Run]:
 
 def aimet_torch(folder: Path) -> Run:
     """AIMET's simulation of the unmodified model: no quantizer on the products, sums and softmax of attention."""
-    for name in ("nms", "qnms"):  # torchvision, which it imports, wants them of a CPU build too
-        torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
     from aimet_torch.quantsim import QuantizationSimModel
 
     model = load(folder)

@@ -192,7 +192,8 @@ def load_checkpoint(folder: str | Path, model: nn.Module | None = None) -> Check
     ranges = {name: x for name, x in tensors.items() if name.startswith(RANGES)}
     for name, x in weights.items():
         if x.dtype in (torch.int8, torch.uint8) and expected[name].is_floating_point():
-            weights[name] = x = _from_integers(folder, name, x, description["quantizers"], ranges).to(expected[name].dtype)
+            quantizer = str(description["tied"].get(name, name))
+            weights[name] = x = _from_integers(folder, quantizer, x, description["quantizers"], ranges).to(expected[name].dtype)
         _same_kind(folder / WEIGHTS, name, x, expected[name])
     model.load_state_dict(weights)
     return Checkpoint(folder, model.eval(), config, description["quantizers"], ranges)
@@ -205,6 +206,13 @@ def _from_integers(folder: Path, name: str, q: Tensor, quantizers: Mapping[str, 
         spec = QuantSpec.from_dict(quantizers[name]["spec"])
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{folder / SIM}: quantizers.{name}.spec: needed to read {name}, which is {q.dtype} ({error!r})") from error
+    stored = torch.int8 if spec.symmetric else torch.uint8
+    if q.dtype is not stored or q.numel() == 0 or not spec.quant_min <= int(q.min()) <= int(q.max()) <= spec.quant_max:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: {name} is {q.dtype}; expected {stored} from {spec.quant_min} to {spec.quant_max}, for it is {spec}"
+        )
+    if spec.axis is not None and not -q.ndim <= spec.axis < q.ndim:
+        raise CheckpointError(f"{folder / SIM}: quantizers.{name}.spec.axis is {spec.axis}; {name} has {q.ndim} axes")
     sizes = [] if spec.axis is None else [q.shape[spec.axis]]
     if low is None or high is None or not list(low.shape) == list(high.shape) == sizes:
         raise CheckpointError(f"{folder / WEIGHTS}: {name} is {q.dtype}; expected {RANGES}{name}.min and .max of shape {sizes} with it")

@@ -210,6 +210,10 @@ def _default_of(name: str, model: nn.Module, batch: Mapping[str, Tensor]) -> int
     except Exception:  # whatever the model raises where the input is required
         return None
     for fill in (1, 0):
-        if first_difference(without, outputs_of(model, {**batch, name: torch.full_like(x, fill)})) is None:
+        try:
+            filled = outputs_of(model, {**batch, name: torch.full_like(x, fill)})
+        except Exception:  # whatever it raises where 1 is no id of it: a model of one token type has 0 alone
+            continue
+        if first_difference(without, filled) is None:
             return fill
     return None

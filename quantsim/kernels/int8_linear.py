@@ -52,9 +52,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.grid, self.packs = grid, packs
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight_scale", weight_scale.float().expand(self.out_features).contiguous())
-        self.register_buffer("bias", None if bias is None else bias.detach().float())
-        self.register_buffer("no_zero_points", torch.zeros(self.out_features, dtype=torch.int32), persistent=False)
+        self.register_buffer("weight_scale", weight_scale.float().repeat(self.out_features // weight_scale.numel()))
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self.register_buffer("no_zero_points", torch.zeros(self.out_features, dtype=torch.int32, device=weight.device), persistent=False)
         self.register_buffer("weight", onednn.qlinear_prepack(weight.contiguous(), None) if packs else weight.contiguous())
         self.outputs: Sequence[Output] = (Output(self.out_features, weight=name),)
         self.post_op: PostOp = "none"
@@ -97,10 +97,10 @@ class Int8Linear(nn.Module):
         if len(outputs) == 1 or not self.requantizes:
             return
         grids = [out.grid for out in outputs]
-        widths = torch.tensor([out.width for out in outputs])
+        widths = torch.tensor([out.width for out in outputs], device=self.weight_scale.device)
         assert all(grid is not None and grid.dtype == grids[0].dtype for grid in grids if grids[0] is not None)
-        scales = torch.tensor([grid.scale for grid in grids if grid]).repeat_interleave(widths)
-        zero_points = torch.tensor([float(grid.zero_point) for grid in grids if grid]).repeat_interleave(widths)
+        scales = self.weight_scale.new_tensor([grid.scale for grid in grids if grid]).repeat_interleave(widths)
+        zero_points = self.weight_scale.new_tensor([grid.zero_point for grid in grids if grid]).repeat_interleave(widths)
         self.register_buffer("output_scale", self.weight_scale / scales, persistent=False)
         self.register_buffer("output_bias", zero_points if self.bias is None else self.bias / scales + zero_points, persistent=False)
         first = grids[0]
@@ -134,6 +134,9 @@ class Int8Linear(nn.Module):
         copy._buffers = dict(self._buffers)
         copy._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a lowered model can't be pickled (torch.save): write it with LoweredModel.save_pretrained")
 
     def extra_repr(self) -> str:
         out = ", ".join(f"{out.width} × {'float32' if out.grid is None else out.grid.dtype}" for out in self.outputs)

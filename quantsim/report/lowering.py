@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from tabulate import tabulate
 from torch import Tensor, fx
 
@@ -90,8 +89,8 @@ def _edges(graph: fx.GraphModule) -> Iterator[LoweredEdge]:
 
 
 def _product(node: fx.Node, module: Int8Linear) -> LoweredEdge:
-    pieces = [piece for user in node.users if user.target is torch.ops.aten.split_with_sizes.default for piece in user.users]
-    names = [x.meta[COMPUTES] for x in (pieces or [node])]
+    pieces = [piece for split in node.users for piece in split.users] if len(module.outputs) > 1 else [node]
+    names = [piece.meta[COMPUTES] for piece in pieces]
     notes: list[str] = [module.post_op] if module.post_op != "none" else []
     notes += ["requantized"] if module.requantizes else []
     notes += [] if module.packs else ["in float32: see the message of lower()"]

@@ -43,7 +43,7 @@ class Parity:
     Attributes:
         edges: every quantized activation edge that both graphs have, in the order of the simulated graph.
         logits_difference: the largest difference of the first output, the graphs running freely.
-        rows, differing_rows: rows compared, and those whose largest output is another one.
+        rows, differing_rows: rows compared, and those whose largest output (of a token, where tokens have outputs) is another one.
         largest_margin: over the differing rows, the largest gap between the two outputs that changed places.
         noise, noisy_rows: the largest difference of the logits between two lowerings of the same simulation, and the rows in which
             they predict otherwise; ``None`` where none was given.
@@ -116,7 +116,7 @@ def compare_lowered(
         if other is not None:
             again = _first(other(**taken))
             parity.noise = max(parity.noise or 0.0, (free - again).abs().max().item())
-            parity.noisy_rows += int((free.argmax(-1) != again.argmax(-1)).reshape(len(free), -1).any(1).sum())
+            parity.noisy_rows += _count_rows(free.argmax(-1) != again.argmax(-1))
     order = {name: i for i, name in enumerate(q.name for q in _quantizers(simulated))}
     parity.edges = sorted(edges.values(), key=lambda edge: order[edge.name])
     return parity
@@ -134,14 +134,19 @@ def _first(output: Any) -> Tensor:
 def _compare_outputs(parity: Parity, expected: Tensor, found: Tensor) -> None:
     parity.rows += len(expected)
     parity.logits_difference = max(parity.logits_difference, (expected - found).abs().max().item())
-    if expected.ndim != 2 or expected.shape[1] == 1:
+    if expected.ndim < 2:
         return
     ours, theirs = expected.argmax(-1, keepdim=True), found.argmax(-1, keepdim=True)
-    differs = (ours != theirs).squeeze(-1)
-    parity.differing_rows += int(differs.sum())
+    differs = (ours != theirs).squeeze(-1)  # [rows], or [rows, tokens]
+    parity.differing_rows += _count_rows(differs)
     if differs.any():
-        margins = (expected.gather(1, ours) - expected.gather(1, theirs))[differs]
+        margins = (expected.gather(-1, ours) - expected.gather(-1, theirs))[differs]
         parity.largest_margin = max(parity.largest_margin, margins.max().item())
+
+
+def _count_rows(differs: Tensor) -> int:
+    """How many rows hold a difference, of ``[rows, ...]``."""
+    return int(differs.reshape(len(differs), -1).any(1).sum()) if differs.ndim else 0
 
 
 class _SimulatedWalk(fx.Interpreter):
@@ -177,6 +182,11 @@ class _LoweredWalk(fx.Interpreter):
             return value
         expected, quantizer = found
         return self._compare(n, value, expected, quantizer)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(self.fetch_attr(str(target)), FakeQuantizer):
+            args = (args[0].clone(),)  # it may overwrite what it is given, which is compared afterwards
+        return super().call_module(target, args, kwargs)
 
     def _compare(self, n: fx.Node, value: Tensor, before: Tensor, quantizer: FakeQuantizer) -> Tensor:
         params = quantizer.affine_params()

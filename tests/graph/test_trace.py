@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from torch import fx, nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from quantsim import trace
-from tests.tiny import HEADS, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_head
+from tests.tiny import HEADS, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_config, tiny_head
 
 SHAPES = [pytest.param(rows, length, id=f"{rows}x{length}") for rows, length in [(4, 10), (1, 1), (1, 7), (3, 1), (2, 33), (5, 64)]]
 
@@ -120,6 +121,17 @@ def test_one_row_is_enough_of_an_example() -> None:
     graph = trace(model, tiny_batch(1, 6))
     with torch.no_grad():
         assert_same(graph(**tiny_batch(5, 20)), model(**tiny_batch(5, 20)))
+
+
+@torch.no_grad()
+def test_a_model_of_one_token_type() -> None:
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(RobertaConfig(**tiny_config(num_hidden_layers=1).to_dict() | {"type_vocab_size": 1})).eval()
+    model.set_attn_implementation("eager")
+    graph = trace(model)
+    batch = tiny_batch()
+    del batch["token_type_ids"]
+    assert_same(graph(**batch), model(**batch))
 
 
 def test_a_graph_traced_without_a_mask_takes_none() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantsim import LoweredModel, Parity, QuantConfig, QuantSim, compare_lowered, lower_int8
+from quantsim import LoweredModel, Parity, QuantConfig, QuantSim, Rule, compare_lowered, lower_int8
 from quantsim.kernels.edges import to_integers
 from quantsim.kernels.int8_linear import Int8Linear
 from tests.tiny import tiny_batch, tiny_sim
@@ -92,6 +92,27 @@ def test_a_transposed_weight_is_seen():
     assert worst(parity) == ["bert.encoder.layer.0.attention.output.dense.output"]
     assert not parity.holds
     assert "off by more" in str(parity)
+
+
+def test_an_edge_whose_quantizer_stayed_is_compared_with_what_went_into_it():
+    sim = tiny_sim(config=QuantConfig.preset("aimet").with_rules(Rule(op="layer_norm", role="activation", set={"bits": 16})))
+    parity = compare(sim, sim.lower())
+    norms = [edge for edge in parity.edges if edge.name.endswith("LayerNorm.output")]
+    assert norms
+    assert all(edge.largest_difference < 0.1 for edge in norms)
+
+
+def test_rows_whose_tokens_differ_are_counted():
+    sim = tiny_sim("BertForTokenClassification")
+    lowered = sim.lower()
+    node = lowered.graph.graph.output_node().args[0]
+    with lowered.graph.graph.inserting_before(node):
+        node.kwargs = {"logits": lowered.graph.graph.call_function(torch.neg, (node.kwargs["logits"],))}
+    lowered.graph.recompile()
+    parity = compare(sim, lowered)
+    assert parity.differing_rows == parity.rows == 32
+    logits = torch.cat([sim.model(**batch).logits for batch in BATCHES])
+    assert parity.largest_margin == (logits[..., 0] - logits[..., 1]).abs().max().item()
 
 
 def test_the_margin_of_rows_that_predict_otherwise():

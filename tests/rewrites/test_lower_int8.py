@@ -6,14 +6,17 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from transformers import AlbertConfig, AlbertForSequenceClassification, BertConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from quantsim import LoweringError, QuantConfig, QuantSim, Rule, lower_int8
+from quantsim import LoweringError, QuantConfig, QuantSim, Rule, compare_lowered, lower_int8
 from quantsim.graph.roles import op_of
 from quantsim.kernels.edges import from_integers, look_up, on_grid, to_integers
 from quantsim.kernels.int8_linear import Int8Linear
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
-from tests.tiny import HEADS, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_sim
+from tests.tiny import HEADS, VOCAB, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_config, tiny_sim
 
 PRESETS = QuantConfig.presets()
 
@@ -174,3 +177,103 @@ def test_learning_ranges_are_frozen_as_they_are():
     sim = tiny_sim()
     assert any(isinstance(m, FakeQuantizer) and m.min.requires_grad for m in sim.model.modules())
     assert not any(x.requires_grad for x in lowered(sim).state_dict().values())
+
+
+def test_training_that_goes_on_does_not_change_what_was_lowered():
+    config = QuantConfig.preset("aimet").with_rules(Rule(op="layer_norm", role="activation", set={"bits": 16}))  # keeps quantizers
+    sim = tiny_sim(config=config)
+    sim.model.train()
+    learning = {name for name, p in sim.model.named_parameters() if p.requires_grad}
+    graph = lowered(sim)
+    before = graph(**tiny_batch())["logits"]
+    assert learning == {name for name, p in sim.model.named_parameters() if p.requires_grad}
+    assert all(m.training for m in sim.model.modules())
+    with torch.no_grad():
+        for p in sim.model.parameters():
+            p.mul_(1.5).add_(0.01)
+    assert torch.equal(graph(**tiny_batch())["logits"], before)
+
+
+def test_a_model_that_is_not_in_float32_is_refused():
+    sim = QuantSim(tiny_bert(num_hidden_layers=1).bfloat16())
+    sim.compute_encodings([tiny_batch()])
+    with pytest.raises(LoweringError, match=r"torch.bfloat16; expected torch.float32.*model.float\(\), and calibrate that"):
+        lowered(sim)
+
+
+@pytest.mark.parametrize("preset", ["aimet", "deploy"])
+@pytest.mark.parametrize("packs", [True, False], ids=["kernel", "float32"])
+def test_layers_that_are_called_again_have_a_product_a_call_and_one_weight(preset, packs):
+    torch.manual_seed(0)
+    model = AlbertForSequenceClassification(AlbertConfig(**tiny_config(num_hidden_layers=3).to_dict(), embedding_size=8))
+    sim = QuantSim(model.eval(), preset)
+    sim.compute_encodings([tiny_batch(seed=seed) for seed in (1, 2)])
+    graph = lowered(sim, packs)
+    assert compare_lowered(sim.graph, graph, [tiny_batch(seed=3)]).holds
+    same_as_simulated(sim, graph)
+    queries = [m for m in graph.modules() if isinstance(m, Int8Linear) and m.outputs[0].weight.endswith("query.weight")]
+    assert len(queries) == 3
+    assert len({id(m.weight) for m in queries}) == 1
+
+
+class Odd(PreTrainedModel):
+    """A small model around :meth:`between`, for graphs that no encoder here has."""
+
+    config_class = BertConfig
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.embedding, self.norm = nn.Embedding(VOCAB, 16), nn.LayerNorm(16)
+        self.one, self.two, self.qkv = nn.Linear(16, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 48)
+        self.out = nn.Linear(16, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        x = self.norm(self.embedding(input_ids))
+        return SequenceClassifierOutput(logits=self.out(self.between(x, attention_mask[:, None, :].float())[:, 0]))
+
+    def between(self, x: Tensor, mask: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class FlattenedBesideAnother(Odd):
+    def between(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.one(x).view(x.shape[0], -1).sum(-1)[:, None, None] + self.two(x)
+
+
+class SplitByTheModel(Odd):
+    def between(self, x: Tensor, mask: Tensor) -> Tensor:
+        first, second = self.one(x).split([4, 12], -1)
+        return torch.cat([second.tanh(), first], -1)
+
+
+class MaskTimesTwo(Odd):
+    def between(self, x: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        return functional.softmax(torch.add(query @ key.mT / 4, (1 - mask) * -2, alpha=2), -1) @ value
+
+
+class MaskWiderThanScores(Odd):
+    def between(self, x: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        return functional.softmax(query[:1] @ key[:1].mT / 4 + (1 - mask) * -2, -1) @ value
+
+
+@pytest.mark.parametrize("preset", ["aimet", "deploy"])
+@pytest.mark.parametrize("model", [FlattenedBesideAnother, SplitByTheModel, MaskTimesTwo, MaskWiderThanScores])
+def test_odd_graphs(model, preset):
+    torch.manual_seed(0)
+    batches = [{name: x for name, x in tiny_batch(seed=seed).items() if name != "token_type_ids"} for seed in (1, 2, 3)]
+    sim = QuantSim(model(BertConfig()).eval(), preset, batches[0])
+    sim.compute_encodings(batches[:2])
+    low = sim.lower()
+    assert compare_lowered(sim.graph, low.graph, batches[2:]).holds
+    found, expected = low.model(**batches[2]).logits, sim.model(**batches[2]).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    assert "int8 product" in str(low)
+
+
+def test_no_tensor_is_made_on_the_default_device():
+    sim = tiny_sim()
+    with torch.device("meta"):
+        graph = lowered(sim, packs=False)
+    same_as_simulated(sim, graph)

@@ -46,6 +46,7 @@ def _attention(softmax: fx.Node, graph: fx.GraphModule) -> _Attention | None:
         return None
     scores: Any = softmax.args[0]
     mask, scale = None, 1.0
+    added = scores
     if _is(scores, "add", graph):
         scores, mask = scores.args[:2]
     if _is(scores, "mul", graph) and isinstance(scores.args[1], (int, float)):
@@ -54,6 +55,8 @@ def _attention(softmax: fx.Node, graph: fx.GraphModule) -> _Attention | None:
         scores, scale = scores.args[0], 1.0 / float(scores.args[1])
     if not _is(scores, "matmul", graph) or not (mask is None or isinstance(mask, fx.Node)):
         return None
+    if mask is not None and added.meta["val"].shape != scores.meta["val"].shape:
+        return None  # a mask that widens the scores: the kernel has no room for that
     query, keys, value = *scores.args[:2], context.args[1]
     if not (isinstance(query, fx.Node) and isinstance(keys, fx.Node) and isinstance(value, fx.Node)):
         return None
@@ -61,8 +64,10 @@ def _attention(softmax: fx.Node, graph: fx.GraphModule) -> _Attention | None:
 
 
 def _is(value: object, op: str, graph: fx.GraphModule) -> TypeGuard[fx.Node]:
-    """The value is a node of this op that one node alone reads."""
-    return isinstance(value, fx.Node) and op_of(value, graph) == op and (_sole_user(value) is not None or op == "matmul")
+    """The value is a node of this op, without options (``add``'s ``alpha``), that one node alone reads."""
+    if not isinstance(value, fx.Node) or op_of(value, graph) != op or value.kwargs:
+        return False
+    return _sole_user(value) is not None or op == "matmul"
 
 
 def _sole_user(node: fx.Node) -> fx.Node | None:

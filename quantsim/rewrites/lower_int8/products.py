@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from quantsim.graph.roles import WEIGHTS, op_of
 from quantsim.kernels.edges import COMPUTES, EDGE, GRID, Grid, from_integers, to_integers
@@ -18,13 +18,17 @@ from quantsim.quantizers.fake_quantizer import WeightQuantizer
 from quantsim.rewrites.insert_quantizers import evaluate
 from quantsim.rewrites.lower_int8.edges import quantizer_of
 from quantsim.rewrites.lower_int8.weights import ROOM, constant
-from quantsim.rewrites.lower_int8.whole import put
+from quantsim.rewrites.lower_int8.whole import put_beside
 
 aten = torch.ops.aten
 
 
 def linears_to_integers(graph: fx.GraphModule, packs: bool) -> None:
-    """``linear(from_integers(q), quantized weight, bias)`` → :class:`Int8Linear` on ``q``; where floats come in, a constant weight."""
+    """``linear(from_integers(q), quantized weight, bias)`` → :class:`Int8Linear` on ``q``; where floats come in, a constant weight.
+
+    A layer that is called again (ALBERT's) gets a product a call, for each call has edges of its own; they share the weight.
+    """
+    weights: dict[str, Tensor] = {}
     for node in list(graph.graph.nodes):
         if op_of(node, graph) != "linear":
             continue
@@ -36,7 +40,7 @@ def linears_to_integers(graph: fx.GraphModule, packs: bool) -> None:
         assert isinstance(weight, fx.Node)
         value = evaluate(graph, weight.args[0])  # type: ignore[arg-type]
         if x.target is not from_integers:
-            node.replace_input_with(weight, constant(graph, node, f"{ROOM}.{quantizer.name}", quantizer(value).detach().clone()))
+            node.replace_input_with(weight, constant(graph, node, f"{ROOM}.{quantizer.name}.values", quantizer(value).detach().clone()))
             continue
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         params = quantizer.affine_params()
@@ -48,12 +52,12 @@ def linears_to_integers(graph: fx.GraphModule, packs: bool) -> None:
             packs,
             quantizer.name,
         )
+        product.weight = weights.setdefault(quantizer.name, product.weight)
         _replace(graph, node, product, quantizer.name, x.args[0])  # type: ignore[arg-type]
 
 
 def _replace(graph: fx.GraphModule, node: fx.Node, product: Int8Linear, name: str, stored: fx.Node) -> fx.Node:
-    path = f"{ROOM}.{name}.product"
-    put(graph, path, product)
+    path = put_beside(graph, f"{ROOM}.{name}.product", product)
     with graph.graph.inserting_before(node):
         new = graph.graph.call_module(path, (stored,))
     new.meta = {COMPUTES: node.meta.get(COMPUTES, name)}
@@ -118,12 +122,14 @@ def merge_products(graph: fx.GraphModule) -> None:
             grid = product.outputs[0].grid
             key = _Together(node.args[0], grid.dtype if grid else torch.float32, product.post_op)
             together.setdefault(key, []).append(node)
+    weights: dict[tuple[str, ...], Tensor] = {}
     for nodes in together.values():
         if len(nodes) > 1:
-            _merge(graph, nodes)
+            _merge(graph, nodes, weights)
 
 
-def _merge(graph: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+def _merge(graph: fx.GraphModule, nodes: Sequence[fx.Node], weights: dict[tuple[str, ...], Tensor]) -> None:
+    """One product in place of ``nodes``; of the same weights as one before (in ``weights``), it shares theirs."""
     parts = [product_of(node, graph) for node in nodes]
     products = [part for part in parts if part is not None]
     first = products[0]
@@ -131,13 +137,13 @@ def _merge(graph: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
     merged = Int8Linear(
         torch.cat([p.integers() for p in products]),
         torch.cat([p.weight_scale for p in products]),
-        None if no_bias else torch.cat([torch.zeros(p.out_features) if p.bias is None else p.bias for p in products]),
+        None if no_bias else torch.cat([torch.zeros_like(p.weight_scale) if p.bias is None else p.bias for p in products]),
         first.grid,
         first.packs,
     )
     merged.give([p.outputs[0] for p in products])
-    path = f"{nodes[0].target}_and_{len(nodes) - 1}_more"
-    put(graph, path, merged)
+    merged.weight = weights.setdefault(tuple(out.weight for out in merged.outputs), merged.weight)
+    path = put_beside(graph, f"{nodes[0].target}_and_{len(nodes) - 1}_more", merged)
     with graph.graph.inserting_before(nodes[0]):
         whole = graph.graph.call_module(path, nodes[0].args)
         parts_node = graph.graph.call_function(aten.split_with_sizes.default, (whole, [p.out_features for p in products], -1))

@@ -15,6 +15,7 @@ FUNCTIONS = frozenset("gelu tanh sigmoid silu relu erf exp hardswish hardtanh le
 
 def functions_to_tables(graph: fx.GraphModule) -> None:
     """``to_integers(f(from_integers(q)))`` → ``table[q]``, worked out with the ops that it replaces, so equal to them to the bit."""
+    device = next(graph.parameters()).device
     for node in list(graph.graph.find_nodes(op="call_function", target=to_integers)):
         function = node.args[0]
         if op_of(function, graph) not in FUNCTIONS or len(function.users) > 1 or len(function.all_input_nodes) != 1:
@@ -22,7 +23,7 @@ def functions_to_tables(graph: fx.GraphModule) -> None:
         read = function.args[0]
         if not isinstance(read, fx.Node) or read.target is not from_integers:
             continue
-        table = _table(function, read.meta[GRID], node.meta[GRID])
+        table = _table(function, read.meta[GRID], node.meta[GRID], device)
         entries = constant(graph, node, f"{ROOM}.{node.meta[EDGE]}.table", table)
         with graph.graph.inserting_before(node):
             new = graph.graph.call_function(look_up, (read.args[0], entries, read.meta[GRID].quant_min))
@@ -31,8 +32,8 @@ def functions_to_tables(graph: fx.GraphModule) -> None:
         graph.graph.erase_node(node)
 
 
-def _table(function: fx.Node, grid: Grid, out: Grid) -> Tensor:
-    every = torch.arange(grid.quant_min, grid.quant_max + 1, dtype=torch.int32).to(grid.dtype)
+def _table(function: fx.Node, grid: Grid, out: Grid, device: torch.device) -> Tensor:
+    every = torch.arange(grid.quant_min, grid.quant_max + 1, dtype=torch.int32, device=device).to(grid.dtype)
     values = from_integers(every, grid.scale, grid.zero_point)
     assert callable(function.target)
     return to_integers(function.target(values, *function.args[1:], **function.kwargs), *out.numbers)
