@@ -98,9 +98,13 @@ def measure(name: str, engines: Sequence[str], shapes: Sequence[tuple[int, int]]
         for rows, tokens in shapes:
             times: dict[str, list[float]] = {worker.engine: [] for worker in workers}
             for turn in range(turns + 2):  # the first two warm up
-                for worker in workers:
+                for worker in list(workers):
                     seconds = worker.seconds(rows, tokens)
-                    if turn > 1:
+                    if worker.error:
+                        print(f"{name} {rows}x{tokens}: {worker.engine} is left out: {worker.error}", flush=True)
+                        workers.remove(worker)
+                        del times[worker.engine]
+                    elif turn > 1:
                         times[worker.engine].append(seconds)
             medians = {engine: statistics.median(found) for engine, found in times.items()}
             floor = operations(name, rows, tokens) / rate

@@ -29,16 +29,24 @@ def main() -> None:
     try:
         run = ENGINES[engine](folder)
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        print(json.dumps({"error": f"{type(error).__name__}: {first}"}), file=answers, flush=True)
+        print(json.dumps({"error": reason(error)}), file=answers, flush=True)
         return
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         rows, tokens = json.loads(line)["run"]
         inputs = batch(rows, tokens)
         began = time.perf_counter()
-        run(inputs)
-        print(json.dumps({"seconds": time.perf_counter() - began}), file=answers, flush=True)
+        try:
+            run(inputs)
+            answer: dict[str, object] = {"seconds": time.perf_counter() - began}
+        except Exception as error:
+            answer = {"error": reason(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 if __name__ == "__main__":
