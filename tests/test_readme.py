@@ -26,3 +26,8 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"[\w/]+\.(?:py|yaml)\b", README))))
 def test_files_that_are_named_exist(path):
     assert (Path(__file__).parents[1] / path).is_file()
+
+
+def test_the_table_of_engines_is_the_measured_one():
+    measured = (Path(__file__).parents[1] / "benchmarks" / "engines" / "engines.md").read_text(encoding="utf-8")
+    assert measured.split("\n\n", 1)[1].strip() in README

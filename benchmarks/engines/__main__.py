@@ -210,6 +210,7 @@ def plot(path: Path, rows: Sequence[dict[str, object]]) -> None:
         bars = axis.barh(engines, values, color=["tab:orange" if engine.startswith("ours") else "tab:gray" for engine in engines])
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.invert_yaxis()
+        axis.margins(x=0.12)
         axis.set_title(f"{name}, {mine[0]['rows']} × {mine[0]['tokens']}")
         axis.set_xlabel("times faster than eager FP32 torch")
     figure.tight_layout()

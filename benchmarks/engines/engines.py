@@ -110,15 +110,28 @@ def _numpy(batch: Batch) -> dict[str, Array]:
 
 
 def _float_onnx(folder: Path) -> Path:
-    """The FP32 model as ONNX, exported once for all engines that read it."""
+    """The FP32 model as torch exports it, prepared as ONNX Runtime's quantizers ask for (constants folded, shapes inferred); made once."""
     path = folder / "fp32.onnx"
     if not path.exists():
-        from quantsim import QuantSim
+        from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        staging = folder / "staging.onnx"
-        QuantSim(load(folder), "deploy", in_place=True).export_onnx(staging, quantize=False)
+        exported, staging = folder / "exported.onnx", folder / "staging.onnx"
+        example = calibration(folder)[0]
+        shapes = {name: {0: "batch", 1: "sequence"} for name in example}
+        torch.onnx.export(load(folder), (), exported, kwargs=example, dynamic_shapes=shapes, dynamo=True, external_data=False)
+        quant_pre_process(exported, staging, skip_symbolic_shape=True)
         staging.rename(path)
     return path
+
+
+def _float_openvino(folder: Path) -> Any:
+    """The FP32 model as OpenVINO converts it from torch."""
+    import openvino
+
+    example = calibration(folder)[0]
+    model = openvino.convert_model(load(folder), example_input=dict(example))
+    model.reshape({name: [-1, -1] for name in example})
+    return model
 
 
 def _onnxruntime(model: Path | bytes) -> Run:
@@ -128,7 +141,8 @@ def _onnxruntime(model: Path | bytes) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
-    return lambda batch: session.run(["logits"], {name: x for name, x in _numpy(batch).items() if name in names})[0]
+    first = [session.get_outputs()[0].name]
+    return lambda batch: session.run(first, {name: x for name, x in _numpy(batch).items() if name in names})[0]
 
 
 def onnxruntime_fp32(folder: Path) -> Run:
@@ -189,27 +203,22 @@ def _openvino(model: Any, precision: str = "f32") -> Run:
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     names = [x.get_any_name() for x in compiled.inputs]
-    return lambda batch: compiled({name: x for name, x in _numpy(batch).items() if name in names})["logits"]
+    return lambda batch: compiled({name: x for name, x in _numpy(batch).items() if name in names})[0]
 
 
 def openvino_fp32(folder: Path) -> Run:
-    import openvino
-
-    return _openvino(openvino.Core().read_model(_float_onnx(folder)))
+    return _openvino(_float_openvino(folder))
 
 
 def openvino_bf16(folder: Path) -> Run:
-    import openvino
-
-    return _openvino(openvino.Core().read_model(_float_onnx(folder)), "bf16")
+    return _openvino(_float_openvino(folder), "bf16")
 
 
 def openvino_nncf(folder: Path) -> Run:
     """NNCF's post-training int8 with its transformer preset."""
     import nncf
-    import openvino
 
-    model = openvino.Core().read_model(_float_onnx(folder))
+    model = _float_openvino(folder)
     names = [x.get_any_name() for x in model.inputs]
     batches = nncf.Dataset(calibration(folder), lambda batch: {name: x for name, x in _numpy(batch).items() if name in names})
     return _openvino(nncf.quantize(model, batches, model_type=nncf.ModelType.TRANSFORMER))
