@@ -38,7 +38,7 @@ class LoweredModel:
     ) -> None:
         self.graph, self.config, self.fallback = graph, config, fallback
         self._quantizers = {name: copy.deepcopy(quantizer) for name, quantizer in quantizers.items()}
-        self._state = _compact_state(model, graph, quantizers)
+        self._state = _compact_state(model, graph)
         self.model = _shell(model, graph)
 
     def compile(self, backend: str = "inductor") -> LoweredModel:
@@ -135,7 +135,7 @@ def _refuse_saving(name: str, *_: Any, **__: Any) -> None:
     raise LoweringError(f"{name}: is lowered, and transformers can't save integer weights; call save_pretrained of what sim.lower() gave")
 
 
-def _compact_state(model: nn.Module, graph: fx.GraphModule, quantizers: Mapping[str, FakeQuantizer]) -> dict[str, Callable[[], Tensor]]:
+def _compact_state(model: nn.Module, graph: fx.GraphModule) -> dict[str, Callable[[], Tensor]]:
     """How to get each of the model's tensors: integers from the graph that holds them, the rest as they are."""
     integers, state = dict(_integers(graph)), plain_state(model)
     tied = {_memory(x): integers[name] for name, x in state.items() if name in integers}

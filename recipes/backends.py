@@ -33,7 +33,7 @@ def on_onnxruntime(sim: QuantSim) -> nn.Module:
     ort = _engine("onnxruntime", "onnx")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(_exported(sim), options, providers=["CPUExecutionProvider"])
+    session = _exported(sim, lambda path: ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
     taken, given = [x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()]
 
     def run(inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -48,7 +48,7 @@ def on_openvino(sim: QuantSim) -> nn.Module:
     openvino = _engine("openvino", "bench")
     core = openvino.Core()
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    compiled = core.compile_model(core.read_model(_exported(sim)), "CPU", settings)
+    compiled = _exported(sim, lambda path: core.compile_model(core.read_model(path), "CPU", settings))
     taken = [x.get_any_name() for x in compiled.inputs]
 
     def run(inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -84,11 +84,12 @@ class EngineModel(nn.Module):
         return self.run({name: x.numpy() for name, x in inputs.items()})
 
 
-def _exported(sim: QuantSim) -> bytes:
+def _exported(sim: QuantSim, load: Callable[[Path], Any]) -> Any:
+    """What ``load`` makes of the QDQ file; weights of a large model lie in a second file beside it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         sim.export_onnx(path)
-        return path.read_bytes()
+        return load(path)
 
 
 def _engine(name: str, extra: str) -> Any:

@@ -25,6 +25,15 @@ def product(lowered: LoweredModel, weight: str = DENSE) -> Int8Linear:
     return next(m for m in lowered.graph.modules() if isinstance(m, Int8Linear) and m.outputs[0].weight == weight)
 
 
+def negate_logits(lowered: LoweredModel) -> None:
+    """Let every row predict otherwise."""
+    graph = lowered.graph.graph
+    node = graph.output_node().args[0]
+    with graph.inserting_before(node):
+        node.kwargs = {"logits": graph.call_function(torch.neg, (node.kwargs["logits"],))}
+    lowered.graph.recompile()
+
+
 def worst(parity: Parity) -> list[str]:
     return [edge.name for edge in parity.edges if edge.off_by_more]
 
@@ -105,10 +114,7 @@ def test_an_edge_whose_quantizer_stayed_is_compared_with_what_went_into_it():
 def test_rows_whose_tokens_differ_are_counted():
     sim = tiny_sim("BertForTokenClassification")
     lowered = sim.lower()
-    node = lowered.graph.graph.output_node().args[0]
-    with lowered.graph.graph.inserting_before(node):
-        node.kwargs = {"logits": lowered.graph.graph.call_function(torch.neg, (node.kwargs["logits"],))}
-    lowered.graph.recompile()
+    negate_logits(lowered)
     parity = compare(sim, lowered)
     assert parity.differing_rows == parity.rows == 32
     logits = torch.cat([sim.model(**batch).logits for batch in BATCHES])
@@ -118,10 +124,7 @@ def test_rows_whose_tokens_differ_are_counted():
 def test_the_margin_of_rows_that_predict_otherwise():
     sim = tiny_sim()
     lowered = sim.lower()
-    node = lowered.graph.graph.output_node().args[0]
-    with lowered.graph.graph.inserting_before(node):
-        node.kwargs = {"logits": lowered.graph.graph.call_function(torch.neg, (node.kwargs["logits"],))}
-    lowered.graph.recompile()
+    negate_logits(lowered)
     parity = compare(sim, lowered)
     assert parity.differing_rows > 16
     assert parity.largest_margin > 0
