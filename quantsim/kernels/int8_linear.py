@@ -15,6 +15,8 @@ from quantsim.kernels.edges import Grid, to_integers
 
 PostOp = Literal["none", "relu", "gelu"]
 
+EXACT_TERMS = 2**24 // (255 * 128)  # 514
+
 
 @dataclass(frozen=True)
 class Output:
@@ -117,14 +119,18 @@ class Int8Linear(nn.Module):
         return y
 
     def _in_float32(self, q: Tensor, scale: Tensor, bias: Tensor | None, out: Grid | None) -> Tensor:
-        y = functional.linear(q.float() - self.grid.zero_point, self.weight.float()) * (scale * self.grid.scale)
+        """The kernel's arithmetic, operation for operation: the same values to the bit (with GELU, which it approximates, nearly)."""
+        y = exact_product(q.float() - self.grid.zero_point, self.weight.float()) * self.grid.scale * scale
         if bias is not None:
             y = y + bias
         if self.post_op == "relu":
             y = functional.relu(y)
         elif self.post_op == "gelu":
             y = functional.gelu(y, approximate=self.algorithm)
-        return y if out is None else to_integers(y, *out.numbers)
+        if out is None:
+            return y
+        inverse = 1 / torch.tensor(out.scale, dtype=torch.float32)
+        return (y * inverse + out.zero_point).round_().clamp_(out.quant_min, out.quant_max).to(out.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
         """A copy that shares the packed weight: it is read-only, and torch can't copy it."""
@@ -141,3 +147,15 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         out = ", ".join(f"{out.width} × {'float32' if out.grid is None else out.grid.dtype}" for out in self.outputs)
         return f"in={self.in_features}, out={out}, post_op={self.post_op}"
+
+
+def exact_product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` of integers in float32, ``|x| <= 255`` and ``|weight| <= 128``: the exact sum, rounded once.
+
+    A float32 holds every integer up to ``2**24``, so sums of 514 terms are exact in any order; of more, such parts are added
+    in float64.
+    """
+    if x.shape[-1] <= EXACT_TERMS:
+        return functional.linear(x, weight)
+    parts = zip(x.split(EXACT_TERMS, -1), weight.split(EXACT_TERMS, -1), strict=True)
+    return sum(functional.linear(a, b).double() for a, b in parts).float()  # type: ignore[union-attr]

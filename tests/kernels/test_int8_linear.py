@@ -76,6 +76,20 @@ def test_requantized_output_differs_by_a_tie_at_most(packs, out):
     assert expected.unique().numel() > 100  # the grid is used
 
 
+@pytest.mark.skipif(bool(EXACT), reason=EXACT)
+@pytest.mark.parametrize("width", [64, 514, 515, 1536])
+@pytest.mark.parametrize("out", [None, Grid(0.37, 127, 0, 255), Grid(0.4, 0, -128, 127)], ids=["float32", "uint8", "int8"])
+@pytest.mark.parametrize("post_op", ["none", "relu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_ways_agree_to_the_bit(width, out, post_op, bias):
+    kernel, floats = (layer(width=width, packs=packs, bias=bias) for packs in (True, False))
+    for x in (kernel, floats):
+        x.post_op = post_op
+        x.give([Output(48, out)])
+    q = integers(UNSIGNED, 2000, width)
+    assert torch.equal(kernel(q), floats(q))
+
+
 @pytest.mark.parametrize("packs", WAYS)
 @pytest.mark.parametrize("post_op, algorithm", [("relu", "none"), ("gelu", "none"), ("gelu", "tanh")])
 def test_post_ops(packs, post_op, algorithm):
