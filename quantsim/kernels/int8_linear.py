@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantsim.kernels.cpu import onednn
-from quantsim.kernels.edges import Grid, to_integers
+from quantsim.kernels.edges import Grid
 
 PostOp = Literal["none", "relu", "gelu"]
 
