@@ -255,6 +255,21 @@ def aimet_torch(folder: Path) -> Run:
     return lambda batch: sim.model(**batch)[0]
 
 
+def brevitas(folder: Path) -> Run:
+    """Brevitas' simulation of the linears alone: weights per channel, inputs per tensor; nothing between linears is quantized."""
+    from brevitas.graph.calibrate import calibration_mode
+    from brevitas.graph.quantize import layerwise_quantize
+    from brevitas.nn import QuantLinear
+    from brevitas.quant import Int8WeightPerChannelFloat, ShiftedUint8ActPerTensorFloat
+
+    formats = {"weight_quant": Int8WeightPerChannelFloat, "input_quant": ShiftedUint8ActPerTensorFloat, "return_quant_tensor": False}
+    model = layerwise_quantize(load(folder), {torch.nn.Linear: (QuantLinear, formats)}).eval()
+    with torch.no_grad(), calibration_mode(model):
+        for batch in calibration(folder):
+            model(**batch)
+    return lambda batch: model(**batch).logits
+
+
 ENGINES: Mapping[str, Callable[[Path], Run]] = {
     "torch FP32": fp32,
     "torch FP32 compiled": fp32_compiled,
@@ -267,6 +282,7 @@ ENGINES: Mapping[str, Callable[[Path], Run]] = {
     "OpenVINO bf16": openvino_bf16,
     "OpenVINO NNCF int8": openvino_nncf,
     "AIMET simulated": aimet_torch,
+    "Brevitas simulated linears": brevitas,
     "ours aimet simulated": simulated("aimet"),
     "ours aimet simulated compiled": simulated_compiled("aimet"),
     "ours aimet lowered": lowered("aimet"),
@@ -279,5 +295,8 @@ ENGINES: Mapping[str, Callable[[Path], Run]] = {
 }
 
 BASELINE = "torch FP32"
-OWN_VENV: Mapping[str, tuple[str, ...]] = {"AIMET simulated": ("torch==2.13.0", "aimet-torch==2.42.0")}
+OWN_VENV: Mapping[str, tuple[str, ...]] = {
+    "AIMET simulated": ("torch==2.13.0", "aimet-torch==2.42.0"),
+    "Brevitas simulated linears": ("torch==2.13.0", "brevitas==0.13.4"),
+}
 """Engines whose packages don't fit beside the others, and what their environment is made of."""
