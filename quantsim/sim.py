@@ -29,6 +29,7 @@ from quantsim.quantizers.processes import on_every_process, world_size
 from quantsim.quantizers.range_estimators import Statistics
 from quantsim.report.coverage import coverage_table, summary
 from quantsim.rewrites.clamp_mask import clamp_mask
+from quantsim.rewrites.exact_products import exact_products
 from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers, weights_of
 from quantsim.rewrites.lower_int8 import lower_int8
 
@@ -83,6 +84,7 @@ class QuantSim:
             clamp_mask(self.graph, self.config.mask_clamp)
         self.placements: list[Placement] = place(self.graph, self.config)
         insert_quantizers(self.graph, self.placements)
+        exact_products(self.graph, self.model.training)
         run_on_graph(self.model, self.graph)
 
     # ---- quantizers ----
@@ -186,13 +188,18 @@ class QuantSim:
 
     # ---- lower ----
 
-    def lower(self) -> LoweredModel:
+    def lower(self, *, exact: bool = False) -> LoweredModel:
         """The simulation on int8 kernels: what it computes, on the integers that it simulates. The simulation stays as it is.
 
         Linears between 8-bit edges become exact products of integers (oneDNN, ``uint8 × int8`` accumulated in 32 bits), embeddings
-        keep int8 rows, functions of an 8-bit edge become tables. Values agree to float rounding before requantization.
+        keep int8 rows, functions of an 8-bit edge become tables. Values agree before requantization; in it, one that lies within
+        a float's rounding of a tie may land a step off.
 
         On a machine whose integer kernels are missing or not exact, products are computed in float32, with a warning that says why.
+
+        Args:
+            exact: give up requantization inside the kernels, so that outputs are the simulation's to the bit (uncompiled: a compiler
+                rounds sums in another order).
 
         Raises:
             LoweringError: a quantizer that is not calibrated.
@@ -200,7 +207,7 @@ class QuantSim:
         fallback = missing_for_int8(next(self.model.parameters()).device)
         if fallback:
             warnings.warn(f"lower(): products are computed in float32, no faster than the simulation: {fallback}", stacklevel=2)
-        graph = lower_int8(self.graph, self.placements, packs=not fallback)
+        graph = lower_int8(self.graph, self.placements, packs=not fallback, exact=exact)
         return LoweredModel(self.model, graph, self.config, self.quantizers, fallback)
 
     # ---- export ----

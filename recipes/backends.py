@@ -24,6 +24,11 @@ def on_int8(sim: QuantSim) -> nn.Module:
     return sim.lower().model
 
 
+def on_int8_exact(sim: QuantSim) -> nn.Module:
+    """Logits to the bit those of the simulation."""
+    return sim.lower(exact=True).model
+
+
 def on_int8_compiled(sim: QuantSim) -> nn.Module:
     return sim.lower().compile().model
 
@@ -61,6 +66,7 @@ def on_openvino(sim: QuantSim) -> nn.Module:
 BACKENDS: Mapping[str, Callable[[QuantSim], nn.Module]] = {
     "simulated": on_simulation,
     "int8": on_int8,
+    "int8-exact": on_int8_exact,
     "int8-compiled": on_int8_compiled,
     "onnxruntime": on_onnxruntime,
     "openvino": on_openvino,

@@ -1,4 +1,4 @@
-"""Imports run downwards only: sim → lowered → report, rewrites, formats → graph, quantizers, kernels → numerics → config."""
+"""Imports run downwards only: sim → lowered → report, rewrites, formats → quantizers → graph, kernels → numerics → config."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LEVELS = {
     "config": 0,
     "numerics": 1,
     "graph": 2,
-    "quantizers": 2,
     "kernels": 2,
-    "rewrites": 3,
-    "formats": 3,
-    "report": 3,
-    "lowered": 4,
-    "sim": 5,
-    "__init__": 6,
+    "quantizers": 3,
+    "rewrites": 4,
+    "formats": 4,
+    "report": 4,
+    "lowered": 5,
+    "sim": 6,
+    "__init__": 7,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

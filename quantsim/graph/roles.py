@@ -62,9 +62,10 @@ Source = Literal["parameter", "float_input", "ids"]
 
 
 def op_of(node: fx.Node, graph: fx.GraphModule) -> str:
-    """The op's name: ATen's without namespace, overload and in-place underscore (``"add"``), or what kind of node it is."""
+    """The op's name: ATen's without namespace, overload and in-place underscore (``"add"``), a module's ``op``, or the kind of node."""
     if node.op == "call_module":
-        return "dropout" if isinstance(graph.get_submodule(str(node.target)), nn.Dropout) else "module"
+        module = graph.get_submodule(str(node.target))
+        return "dropout" if isinstance(module, nn.Dropout) else getattr(module, "op", "module")
     if node.op != "call_function":
         return node.op
     if isinstance(node.target, torch._ops.OpOverload):

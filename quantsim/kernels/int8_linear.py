@@ -157,5 +157,5 @@ def exact_product(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.shape[-1] <= EXACT_TERMS:
         return functional.linear(x, weight)
-    parts = zip(x.split(EXACT_TERMS, -1), weight.split(EXACT_TERMS, -1), strict=True)
-    return sum(functional.linear(a, b).double() for a, b in parts).float()  # type: ignore[union-attr]
+    parts = zip(torch.split(x, EXACT_TERMS, -1), torch.split(weight, EXACT_TERMS, -1), strict=True)
+    return torch.stack([functional.linear(a, b).double() for a, b in parts]).sum(0).float()

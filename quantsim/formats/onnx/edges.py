@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from quantsim.formats.onnx.extra import OnnxError
-from quantsim.graph.roles import KEEPS_GRID, WEIGHTS, op_of, resolve
+from quantsim.graph.roles import WEIGHTS, op_of, resolve
 from quantsim.numerics.affine import AffineParams, quantize
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, State, WeightQuantizer
+from quantsim.quantizers.in_graph import quantizer_before_moves, quantizer_of
 
 Bias = Literal["float", "int32"]
 
@@ -105,12 +106,6 @@ def quantizer_calls(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, FakeQuanti
             yield node, quantizer
 
 
-def quantizer_of(node: fx.Node, graph: fx.GraphModule) -> FakeQuantizer | None:
-    """The quantizer that the node calls, if it calls one."""
-    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if isinstance(module, FakeQuantizer) else None
-
-
 def check_opset(opset: int | None, edges: Mapping[str, StoredEdge]) -> int:
     """The opset to write: 20, or 21 where a type of 4 or 16 bits needs it.
 
@@ -191,10 +186,7 @@ def _bias_params(graph: fx.GraphModule, node: fx.Node, op: str) -> AffineParams 
 
 
 def _grid_of(graph: fx.GraphModule, node: fx.Node) -> AffineParams | None:
-    """The grid that the node's values are on, if they are on one: a quantizer's, past what moves values alone."""
-    while (quantizer := quantizer_of(node, graph)) is None:
-        if op_of(node, graph) not in KEEPS_GRID or not node.args or not isinstance(node.args[0], fx.Node):
-            return None
-        node = node.args[0]
+    """The grid that the node's values are on, if they are on one."""
+    quantizer = quantizer_before_moves(node, graph)
     with torch.no_grad():
-        return quantizer.affine_params() if quantizer.calibrated else None
+        return quantizer.affine_params() if quantizer is not None and quantizer.calibrated else None

@@ -24,7 +24,7 @@ __all__ = ["LoweringError", "lower_int8"]
 
 
 @torch.no_grad()
-def lower_int8(graph: fx.GraphModule, placements: Sequence[Placement], packs: bool = True) -> fx.GraphModule:
+def lower_int8(graph: fx.GraphModule, placements: Sequence[Placement], packs: bool = True, exact: bool = False) -> fx.GraphModule:
     """A new graph for inference, on integers; the simulated one stays as it is.
 
     Nodes that make a quantized edge carry its name as ``meta["edge"]`` and its grid as ``meta["grid"]``.
@@ -33,6 +33,8 @@ def lower_int8(graph: fx.GraphModule, placements: Sequence[Placement], packs: bo
         graph: simulated and calibrated.
         placements: of its quantizers.
         packs: products run on oneDNN's kernels; without, in float32 with the same integers.
+        exact: every value is the simulation's to the bit: products give float32, which is requantized as the simulation does it (a
+            kernel multiplies by ``1 / scale`` where that divides), and attention keeps its ops.
 
     Raises:
         LoweringError: a quantizer that is not calibrated.
@@ -43,9 +45,11 @@ def lower_int8(graph: fx.GraphModule, placements: Sequence[Placement], packs: bo
     freeze_weights(lowered)
     sink_dequantize(lowered)
     linears_to_integers(lowered, packs)
-    requantize_in_products(lowered)
+    if not exact:
+        requantize_in_products(lowered)
     merge_products(lowered)
     functions_to_tables(lowered)
-    fuse_attention(lowered)
+    if not exact:
+        fuse_attention(lowered)
     forget_unread_integers(lowered)
     return finish(lowered)

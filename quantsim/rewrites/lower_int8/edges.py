@@ -9,7 +9,8 @@ from torch import fx
 
 from quantsim.graph.roles import KEEPS_GRID, op_of
 from quantsim.kernels.edges import EDGE, GRID, Grid, from_integers, on_grid, to_integers
-from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+from quantsim.quantizers.fake_quantizer import WeightQuantizer
+from quantsim.quantizers.in_graph import quantizer_of
 
 MOVES = KEEPS_GRID - {"to"}  # a conversion to float32 is no move of integers
 LISTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
@@ -31,12 +32,6 @@ def edges_to_integers(graph: fx.GraphModule) -> None:
         stored.meta = {EDGE: quantizer.name, GRID: grid}
         node.replace_all_uses_with(read)
         graph.graph.erase_node(node)
-
-
-def quantizer_of(node: fx.Node, graph: fx.GraphModule) -> FakeQuantizer | None:
-    """The quantizer that the node calls, if it calls one."""
-    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if isinstance(module, FakeQuantizer) else None
 
 
 def dequantize(graph: fx.GraphModule, stored: fx.Node, grid: Grid) -> fx.Node:

@@ -15,8 +15,8 @@ from quantsim.kernels.edges import COMPUTES, EDGE, GRID, Grid, from_integers, to
 from quantsim.kernels.int8_linear import Int8Linear
 from quantsim.numerics.affine import quantize
 from quantsim.quantizers.fake_quantizer import WeightQuantizer
+from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.rewrites.insert_quantizers import evaluate
-from quantsim.rewrites.lower_int8.edges import quantizer_of
 from quantsim.rewrites.lower_int8.weights import ROOM, constant
 from quantsim.rewrites.lower_int8.whole import put_beside
 
@@ -33,7 +33,7 @@ def linears_to_integers(graph: fx.GraphModule, packs: bool) -> None:
         if op_of(node, graph) != "linear":
             continue
         x, weight = node.args[0], node.args[WEIGHTS["linear"].index]
-        quantizer = quantizer_of(weight, graph) if isinstance(weight, fx.Node) else None
+        quantizer = quantizer_of(weight, graph)
         if not isinstance(quantizer, WeightQuantizer):
             continue
         assert isinstance(x, fx.Node)

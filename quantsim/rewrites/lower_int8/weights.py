@@ -11,8 +11,9 @@ from quantsim.graph.roles import WEIGHTS, op_of
 from quantsim.kernels.edges import COMPUTES, Grid, from_integers, rows_from_integers
 from quantsim.numerics.affine import quantize
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.rewrites.insert_quantizers import evaluate
-from quantsim.rewrites.lower_int8.edges import dequantize, quantizer_of
+from quantsim.rewrites.lower_int8.edges import dequantize
 from quantsim.rewrites.lower_int8.whole import put
 
 ROOM, ROWS = "integers", "rows"

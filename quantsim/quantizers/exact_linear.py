@@ -1,0 +1,104 @@
+"""A linear of a simulation: in evaluation its sums are those of the integers it stands for, exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quantsim.kernels.cpu import missing_for_int8
+from quantsim.kernels.edges import Grid, to_integers
+from quantsim.kernels.int8_linear import Int8Linear
+from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+
+
+class ExactLinear(nn.Module):
+    """``x @ weight.T + bias``, where both come from quantizers of at most 8 bits: ``x = r_x * s_x``, ``weight = r_w * s_w``.
+
+    In evaluation the sum runs over integers, and is rounded three times in an order that is fixed::
+
+        y = ((r_x @ r_w.T) * s_x) * s_w + bias
+
+    so it does not depend on the number of threads, the batch or the machine, and is to the bit what the lowered model's kernel
+    gives. Where that kernel is exact it does the work here too, several times faster than floats. In training, under autocast
+    or ``torch.compile``, in other types than float32, and while a quantizer is off it is the floating-point linear.
+
+    Args:
+        x, weight: the quantizers on whose grids the inputs of :meth:`forward` lie; they stay the graph's own.
+    """
+
+    op = "linear"  # what ``quantsim.graph.roles.op_of`` calls it
+
+    def __init__(self, x: FakeQuantizer, weight: WeightQuantizer) -> None:
+        super().__init__()
+        self._quantizers = (x, weight)  # in a tuple, for they are not submodules of this one
+        self._packed: tuple[Tensor, Int8Linear] | None = None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` → ``[..., out]``."""
+        if not self._on_integers(x, weight):
+            self._packed = None
+            return functional.linear(x, weight, bias)
+        with torch.no_grad():
+            product = self._product(weight, None if bias is None else bias.detach())
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+            return _Product.apply(x, weight, bias, product)  # type: ignore[no-any-return, no-untyped-call]
+        return multiply(product, x)
+
+    def _on_integers(self, x: Tensor, weight: Tensor) -> bool:
+        if self.training or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return False
+        quantized = fits_int8(*self._quantizers) and all(quantizer.calibrated for quantizer in self._quantizers)
+        return quantized and x.dtype == weight.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
+
+    def _product(self, weight: Tensor, bias: Tensor | None) -> Int8Linear:
+        """The weight packed, once for as long as its quantizer gives the same tensor."""
+        inputs, weights = self._quantizers
+        grid = Grid.of(inputs.affine_params())
+        if self._packed is not None and self._packed[0] is weight:
+            product = self._packed[1]
+            product.grid, product.bias = grid, bias
+            return product
+        scale = weights.affine_params().scale
+        integers = (weight / scale.reshape(-1, 1)).round().to(torch.int8)
+        product = Int8Linear(integers, scale, bias, grid, not missing_for_int8(weight.device), weights.name)
+        self._packed = None if weight.requires_grad else (weight, product)  # one with a gradient is made anew for each call
+        return product
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # a copy packs its own
+
+
+def fits_int8(x: FakeQuantizer, weight: WeightQuantizer) -> bool:
+    """An activation with one range, and a symmetric weight with one range or one for each output channel."""
+    of_weight = weight.spec.symmetric and weight.spec.bits <= 8 and weight.spec.axis in (None, 0)
+    return of_weight and x.spec.bits <= 8 and x.spec.axis is None and not isinstance(x, WeightQuantizer)
+
+
+def multiply(product: Int8Linear, x: Tensor) -> Tensor:
+    """The product on ``x`` of its grid, in float32 in and out."""
+    y: Tensor = product(to_integers(x.detach(), *product.grid.numbers))
+    return y
+
+
+class _Product(torch.autograd.Function):
+    """The exact product, with the gradients of the floating-point linear."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, product):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        return multiply(product, x)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        rows = g.reshape(-1, g.shape[-1])  # [*, out] -> [rows, out]
+        return (
+            g @ weight if of_x else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+            None,
+        )
