@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from torch import Tensor
 
 
 def sqnr_db(signal: float, noise: float) -> float:
@@ -22,3 +25,29 @@ def sqnr_db(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Sums of squares over the same elements; two of them add up.
+
+    Attributes:
+        signal: ``sum x^2``.
+        noise: ``sum (x - x_hat)^2``.
+    """
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    @classmethod
+    def between(cls, x: Tensor, x_hat: Tensor) -> Noise:
+        x = x.double()
+        return cls(x.square().sum().item(), (x - x_hat).square_().sum().item())
+
+    @property
+    def db(self) -> float:
+        """The SQNR in dB."""
+        return sqnr_db(self.signal, self.noise)
+
+    def __add__(self, other: Noise) -> Noise:
+        return Noise(self.signal + other.signal, self.noise + other.noise)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from quantsim.config import near
-from quantsim.numerics.sqnr import sqnr_db
+from quantsim.numerics.sqnr import Noise
 from quantsim.report.walk import Batch, Chooses, Walk, evaluating, everyone, nobody, outputs_of, quantizers_of
 
 Outputs = Mapping[str, Tensor]
 Metric = Callable[[Sequence[Outputs], Sequence[Batch]], float]
-"""A score of what the model gave for each batch (its floating-point outputs by name) beside the batches, labels included; greater is better."""
+"""A score of the floating-point outputs of each batch, by name, beside the batches, labels included; greater is better."""
 
 Mode = Literal["alone_on", "alone_off"]
 
@@ -70,26 +70,26 @@ def sensitivity(
 
 
 def outputs_sqnr(reference: Sequence[Outputs]) -> Metric:
-    """The metric that compares outputs with these, in dB; positions that ``attention_mask`` pads are left out.
-
-    ``10 log10(sum y^2 / sum (y - y_hat)^2)`` over all outputs of all batches.
-    """
+    """The metric that compares outputs with these: the SQNR of :func:`outputs_noise`, in dB."""
 
     def metric(outputs: Sequence[Outputs], batches: Sequence[Batch]) -> float:
-        signal = noise = 0.0
-        for ours, theirs, batch in zip(reference, outputs, batches, strict=True):
-            for name, y in ours.items():
-                y, y_hat = (_without_padding(x, batch).double() for x in (y, theirs[name]))
-                signal += y.square().sum().item()
-                noise += (y - y_hat).square().sum().item()
-        return sqnr_db(signal, noise)
+        return outputs_noise(reference, outputs, batches).db
 
     return metric
 
 
+def outputs_noise(reference: Sequence[Outputs], outputs: Sequence[Outputs], batches: Sequence[Batch]) -> Noise:
+    """The signal and the noise of all outputs of all batches, without positions that ``attention_mask`` pads."""
+    total = Noise()
+    for ours, theirs, batch in zip(reference, outputs, batches, strict=True):
+        for name, y in ours.items():
+            total += Noise.between(_without_padding(y, batch), _without_padding(theirs[name], batch))
+    return total
+
+
 @torch.no_grad()
 def estimate_seconds(graph: fx.GraphModule, batches: Sequence[Batch], names: Collection[str] | None = None) -> float:
-    """How long :func:`sensitivity` will take in one mode, from one timed pass of the first batch: the sum of what follows each quantizer."""
+    """How long :func:`sensitivity` will take in one mode: what follows each quantizer in a timed pass of the first batch, summed."""
     positions = _positions(graph, batches, names)
     with evaluating(graph):
         walk, ends = Walk(graph, batches[0], nobody), [time.perf_counter()]
