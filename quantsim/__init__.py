@@ -9,6 +9,7 @@ from quantsim.graph.proof import TraceError
 from quantsim.graph.trace import trace
 from quantsim.lowered import LoweredModel
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State
+from quantsim.report.analysis import ReportError
 from quantsim.report.parity import Parity, compare_lowered
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.insert_quantizers import insert_quantizers
@@ -31,6 +32,7 @@ __all__ = [
     "QuantConfig",
     "QuantSim",
     "QuantSpec",
+    "ReportError",
     "Rule",
     "State",
     "TraceError",

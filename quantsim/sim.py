@@ -28,6 +28,8 @@ from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, 
 from quantsim.quantizers.processes import on_every_process, world_size
 from quantsim.quantizers.range_estimators import Statistics
 from quantsim.report.coverage import coverage_table, summary
+from quantsim.report.report import write_report
+from quantsim.report.sensitivity import Metric
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.exact_products import exact_products
 from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers, weights_of
@@ -185,6 +187,62 @@ class QuantSim:
             self.model(**taken)
         if not count and world_size() == 1:  # of several processes some may have none
             raise CalibrationError("no batches to calibrate with; a DataLoader or generator that was used up before gives none")
+
+    # ---- see ----
+
+    def report(
+        self,
+        batches: Iterable[Batch],
+        path: str | Path = "report.html",
+        *,
+        before: QuantSim | str | Path | None = None,
+        metric: Metric | None = None,
+        sensitivity: bool = True,
+        rows: int | None = 64,
+        sensitivity_rows: int | None = None,
+        title: str | None = None,
+        progress: bool = True,
+    ) -> Path:
+        """Write one HTML page about the simulation: what is quantized and how well, edge by edge. It needs no network.
+
+        It shows every edge's range, histogram, clipping and SQNR, the channels with outliers, and what each quantizer costs alone.
+        What was measured is kept beside the page as JSON (``report.json``) while it is measured: after an interruption the same call
+        goes on from there, and the page shows what there is. The simulation stays as it is.
+
+        Args:
+            batches: inputs by keyword, labels allowed.
+            path: the page.
+            before: what to show beside it: another simulation (of the model before training, say), measured on the same batches, or
+                the JSON of an earlier report.
+            metric: what sensitivity is measured by: a function of the outputs of each batch (by name) and the batches, greater is
+                better; by default the SQNR of the outputs against the floating-point model. A plain function: results of a closure,
+                whose values nobody can tell apart, are measured anew each time.
+            sensitivity: measure each quantizer alone on and alone off, which is most of the work.
+            rows: how many rows are seen; ``None``: all.
+            sensitivity_rows: of these, how many for sensitivity; by default 16, with a metric all.
+            title: of the page; the model's class by default.
+            progress: draw bars, and say beforehand how long sensitivity will take.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            ReportError: batches that are not what the model takes, a ``before`` that cannot be read, a name that is no page's.
+            ImportError: ``plotly`` isn't installed; the extra ``quantsim[report]`` brings it.
+            KeyboardInterrupt: it was interrupted; the page of what there is has been written.
+        """
+        return write_report(
+            self,
+            batches,
+            path,
+            before=before,
+            metric=metric,
+            sensitivity=sensitivity,
+            rows=rows,
+            sensitivity_rows=sensitivity_rows,
+            title=title,
+            progress=progress,
+        )
 
     # ---- lower ----
 

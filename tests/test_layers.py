@@ -1,4 +1,4 @@
-"""Imports run downwards only: sim → lowered → report, rewrites, formats → quantizers → graph, kernels → numerics → config."""
+"""Imports run downwards only: sim → lowered → report → rewrites, formats → quantizers → graph, kernels → numerics → config."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LEVELS = {
     "quantizers": 3,
     "rewrites": 4,
     "formats": 4,
-    "report": 4,
-    "lowered": 5,
-    "sim": 6,
-    "__init__": 7,
+    "report": 5,
+    "lowered": 6,
+    "sim": 7,
+    "__init__": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

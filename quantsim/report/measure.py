@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from quantsim.config import QuantConfig
 from quantsim.graph.place import Placement
-from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+from quantsim.quantizers.fake_quantizer import FakeQuantizer
 from quantsim.report.analysis import FORMAT, MODES, Analysis, ReportError, Seen, Subject
 from quantsim.report.coverage import covered_edges, inherited, summary
 from quantsim.report.sensitivity import Metric, estimate_seconds, outputs_noise, outputs_sqnr, sensitivity
@@ -42,8 +42,6 @@ class Simulation(Protocol):
 
     @property
     def quantizers(self) -> dict[str, FakeQuantizer]: ...
-
-    def weights(self) -> Iterable[tuple[WeightQuantizer, Tensor]]: ...
 
 
 class Measurement:
@@ -91,7 +89,7 @@ class Measurement:
     def _statistics(self) -> None:
         analysis, graph = self.analysis, self.simulation.graph
         if not analysis.weights:
-            analysis.weights = weight_statistics(self.simulation.weights())
+            analysis.weights = weight_statistics(graph)
         done = analysis.seen.batches
         with self._bar("values on every edge", len(self.batches), done, "batch") as bar:
             for batch in self.batches[done:]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from quantsim.numerics.sqnr import Noise
 from quantsim.quantizers.bins import Bins
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 from quantsim.report.walk import Batch, Walk, evaluating, everyone, nobody
+from quantsim.rewrites.insert_quantizers import weights_of
 
 BINS = 256  # half of them or more lie within the extremes
 OUTLIER_RATIO = 6.0
@@ -164,10 +165,10 @@ def activation_statistics(
 
 
 @torch.no_grad()
-def weight_statistics(weights: Iterable[tuple[WeightQuantizer, Tensor]]) -> dict[str, EdgeStatistics]:
-    """Every quantized weight, whole; ``weights_of`` a graph finds them."""
+def weight_statistics(graph: fx.GraphModule) -> dict[str, EdgeStatistics]:
+    """Every quantized weight, whole."""
     found = {}
-    for quantizer, weight in weights:
+    for quantizer, weight in weights_of(graph):
         x = weight.detach()
         on = quantizer.calibrated
         x_hat = quantizer(x.clone()) if on else x

@@ -15,7 +15,6 @@ from quantsim.graph.place import FROM_IDS
 from quantsim.numerics.affine import dequantize, quantize
 from quantsim.numerics.sqnr import Noise
 from quantsim.report.statistics import EdgeStatistics, Histogram, activation_statistics, weight_statistics
-from quantsim.rewrites.insert_quantizers import weights_of
 from tests.tiny import HEADS, batch_for, tiny_batch, tiny_bert, tiny_sim
 
 BATCH = tiny_batch(4, 10, seed=3)
@@ -79,7 +78,7 @@ def assert_histogram(s: EdgeStatistics, x: np.ndarray) -> None:
 
 def test_weights_are_measured_whole_with_the_range_of_each_channel() -> None:
     sim = tiny_sim()
-    found = weight_statistics(weights_of(sim.graph))
+    found = weight_statistics(sim.graph)
     assert set(found) == {p.name for p in sim.placements if p.role == "weight" and p.spec}
     for name, s in found.items():
         w, params = sim.model.get_parameter(name).detach(), sim.quantizers[name].affine_params()
@@ -172,7 +171,7 @@ def test_a_mask_is_counted_and_left_out() -> None:
 
 def test_without_calibration_there_are_values_and_no_noise() -> None:
     sim = tiny_sim(calibrated=False)
-    for s in [*measure(sim).values(), *weight_statistics(weights_of(sim.graph)).values()]:
+    for s in [*measure(sim).values(), *weight_statistics(sim.graph).values()]:
         assert (s.grid, s.own, s.clipped) == (None, None, 0)
         assert s.histogram is not None
     assert measure(sim)[DENSE].total.db == math.inf
