@@ -102,6 +102,7 @@ function drawCoverage() {
   }
 }
 
+document.body.classList.toggle("compared", Boolean(before));
 data.edges.forEach((edge, index) => Object.assign(edge, { index }));
 drawHeader();
 drawTiles();

@@ -7,7 +7,7 @@ const axis = { gridcolor: "#eceff2", zerolinecolor: "#d5dbe1", automargin: true 
 function layout(title, x, y, more) {
   return {
     font,
-    title: { text: title, font: { size: 13 }, x: 0, xref: "paper", y: 0.98 },
+    title: { text: title, font: { size: 13 }, x: 0.01, xref: "container", y: 0.98, yanchor: "top" },
     margin: { l: 62, r: 18, t: 34, b: 44 },
     xaxis: { ...axis, title: { text: x } },
     yaxis: { ...axis, title: { text: y } },
@@ -116,6 +116,7 @@ function ranked(id, value, ascending, title, label) {
   }));
   const drawn = layout(title, label, "", { bargap: 0.25, showlegend: Boolean(before), height: 70 + 19 * found.length, margin: { l: 10, r: 14, t: 34, b: 40 } });
   drawn.yaxis.tickfont = { size: 10.5 };
+  drawn.yaxis.ticksuffix = " ";
   byId(id).style.height = `${drawn.height}px`;
   return Plotly.newPlot(id, traces, drawn, config).then((plot) => plot.on("plotly_click", (e) => select(e.points[0].customdata, true)));
 }

@@ -10,8 +10,7 @@ const groups = [
 ];
 const columns = [
   { label: "edge", value: (e) => e.index, text: (e) => e.name },
-  { label: "role", value: (e) => e.role, text: (e) => e.role },
-  { label: "quantizer", value: (e) => e.quantizer, text: (e) => e.quantizer || "floating point" },
+  { label: "quantizer", words: true, value: (e) => e.quantizer, text: (e) => e.quantizer || "floating point" },
   { label: "range, or why there is none", words: true, value: (e) => e.range || e.reason, text: (e) => e.range || e.reason },
 ];
 for (const group of groups)
