@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import CodeType
@@ -72,8 +73,8 @@ class Measurement:
         self.few = take_rows(batches, sensitivity_rows) if sensitivity_rows else []
         subject = _subject(simulation, title, count_rows(batches), count_rows(self.few), metric)
         key = fingerprint(simulation, batches, {"sensitivity_rows": subject.sensitivity_rows, "metric": _identity(metric)})
-        self.analysis = _kept(store, key) or Analysis(key, subject)
-        self._saved = time.monotonic()
+        self.analysis = _kept(store, key, title) or Analysis(key, subject)
+        self._save_at = time.monotonic() + SAVE_EVERY
 
     def run(self) -> Analysis:
         """Measure what is left. However it ends, what was measured is in the file then."""
@@ -119,9 +120,11 @@ class Measurement:
 
     def _step(self, bar: tqdm[Any]) -> None:
         bar.update()
-        if time.monotonic() - self._saved > SAVE_EVERY:
+        began = time.monotonic()
+        if began > self._save_at:
             self.analysis.write(self.store)
-            self._saved = time.monotonic()
+            took = time.monotonic() - began
+            self._save_at = time.monotonic() + max(SAVE_EVERY, 20 * took)  # large models' results take a while to write
 
     def _bar(self, title: str, total: int, done: int, unit: str) -> tqdm[Any]:
         return tqdm(total=total, initial=done, desc=title, unit=unit, disable=not self.progress)
@@ -131,11 +134,11 @@ class Measurement:
             tqdm.write(line, file=sys.stderr)
 
 
-def take_rows(batches: Iterable[Batch], rows: int | None, inputs: Sequence[str] = (), device: torch.device | None = None) -> list[Batch]:
+def take_rows(batches: Iterable[Batch], rows: int | None, needed: Sequence[str] = (), device: torch.device | None = None) -> list[Batch]:
     """The batches of the first ``rows`` rows (the last one cut), on ``device``.
 
     Raises:
-        ReportError: no rows, a batch that is no mapping of tensors by name or lacks all of ``inputs``, or is empty.
+        ReportError: no rows, a batch that is no mapping of tensors by name or lacks one of the ``needed``, or is empty.
     """
     taken: list[Batch] = []
     left = rows
@@ -144,8 +147,8 @@ def take_rows(batches: Iterable[Batch], rows: int | None, inputs: Sequence[str] 
             break
         if not isinstance(batch, Mapping) or not all(isinstance(x, Tensor) and x.ndim for x in batch.values()):
             raise ReportError(f"batch {i} is {_described(batch)}; expected tensors of rows by name, as a tokenizer gives them")
-        if inputs and not set(inputs) & set(batch):
-            raise ReportError(f"batch {i} holds {', '.join(batch)}; the model takes {', '.join(inputs)}")
+        if lacking := [name for name in needed if name not in batch]:
+            raise ReportError(f"batch {i} holds {', '.join(batch)}; the model also needs {', '.join(lacking)}")
         if any(x.numel() == 0 for x in batch.values()):
             raise ReportError(f"batch {i} is empty: { {name: list(x.shape) for name, x in batch.items()} }")
         taken.append({name: x[:left].to(device or x.device) for name, x in batch.items()})
@@ -192,13 +195,16 @@ def _code(code: CodeType) -> list[Any]:
     return [code.co_code.hex(), list(code.co_names), constants]
 
 
-def _kept(store: Path, key: str) -> Analysis | None:
-    """The results in the file, where they are of this very analysis."""
+def _kept(store: Path, key: str, title: str) -> Analysis | None:
+    """The results in the file, where they are of this very analysis, under the title of now."""
     try:
         analysis = Analysis.read(store)
     except ReportError:
         return None
-    return analysis if analysis.fingerprint == key else None
+    if analysis.fingerprint != key:
+        return None
+    analysis.subject = replace(analysis.subject, title=title)
+    return analysis
 
 
 def _subject(simulation: Simulation, title: str, rows: int, sensitivity_rows: int, metric: Metric | None) -> Subject:

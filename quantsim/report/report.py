@@ -33,8 +33,8 @@ def write_report(
         if number is not None and number < 1:
             raise ReportError(f"{name} is {number}; expected 1 or more")
     need_plotly()
-    inputs = [str(node.target) for node in simulation.graph.graph.find_nodes(op="placeholder")]
-    taken = take_rows(batches, rows, inputs, next(simulation.model.parameters()).device)
+    needed = [str(node.target) for node in simulation.graph.graph.find_nodes(op="placeholder") if not node.args]
+    taken = take_rows(batches, rows, needed, next(simulation.model.parameters()).device)
     few = (sensitivity_rows or (count_rows(taken) if metric else SENSITIVITY_ROWS)) if sensitivity else 0
     title = title or type(simulation.model).__name__
 

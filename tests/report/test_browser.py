@@ -201,3 +201,33 @@ def test_a_screenshot_has_every_plot_drawn(opened: Opened, tmp_path: Path) -> No
     opened.page.screenshot(path=path, full_page=True)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 100_000  # a blank page of this size has some 20 kB
+
+
+@pytest.mark.slow
+def test_the_bundled_checkpoint(browser: Any, tmp_path: Path) -> None:
+    artifacts, data, tasks = (pytest.importorskip(f"recipes.{name}") for name in ("artifacts", "data", "tasks"))
+    task = tasks.task_of("bert_w8a8_rte")
+    artifact = artifacts.resolve("bert_w8a8_rte", None, task)
+    sim = artifact.load_simulation()
+    rows, _ = data.load_sample(task)
+    encoded = data.encode(rows.select(range(8)), task, artifact.tokenizer(sim.model.config.vocab_size), artifact.max_length)
+    page = sim.report([encoded[:4], encoded[4:]], tmp_path / "rte.html", title="bert_w8a8_rte", sensitivity_rows=2, progress=False)
+    assert page.stat().st_size < 8e6
+    analysis = Analysis.read(tmp_path / "rte.json")
+    opened = Opened(browser, page)
+    assert "bert_w8a8_rte" in opened.page.locator("h1").text_content()
+    opened.sort("own SQNR")
+    worst = opened.names()[0]
+    noise = {name: s.own.db for name, s in analysis.edges.items() if s.own}
+    assert noise[worst] == min(noise.values())
+    opened.page.locator("#table tbody tr").first.click()
+    assert opened.shown_edge() == worst
+    opened.page.fill("#search", "layer.5 dense")
+    assert opened.names()
+    assert all("layer.5" in name and "dense" in name for name in opened.names())
+    shot = tmp_path / "rte.png"
+    opened.page.screenshot(path=shot, full_page=True)
+    assert shot.stat().st_size > 150_000
+    assert not opened.complaints
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in opened.asked)
+    opened.page.close()

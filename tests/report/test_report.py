@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from quantsim import QuantConfig, QuantSim, ReportError, Rule
 from quantsim.report import measure
@@ -202,6 +203,14 @@ def test_a_closure_is_like_no_other(tmp_path: Path, counted: dict[str, int]) -> 
     assert counted["quantizers"] == 4 * len(sim.quantizers)
 
 
+def test_a_finished_report_takes_another_title(tmp_path: Path, counted: dict[str, int]) -> None:
+    sim = tiny_sim()
+    report(sim, tmp_path, title="one")
+    report(sim, tmp_path, title="two")
+    assert data_in(tmp_path / "report.html")["subjects"][0]["title"] == "two"
+    assert counted["batches"] == 2
+
+
 def test_a_damaged_file_of_results_is_measured_anew(tmp_path: Path) -> None:
     sim = tiny_sim()
     first = report(sim, tmp_path)
@@ -293,6 +302,18 @@ def test_progress_says_how_long_it_will_take(tmp_path: Path, capsys: pytest.Capt
     assert "each alone on: 100%" in said
 
 
+@pytest.mark.slow
+def test_a_page_of_bert_base_stays_below_ten_megabytes(tmp_path: Path) -> None:
+    model = BertForSequenceClassification(BertConfig(num_labels=2)).eval()
+    sim = QuantSim(model, in_place=True)
+    batch = {"input_ids": torch.randint(0, 30522, (2, 32))}
+    sim.compute_encodings([batch])
+    first = sim.report([batch], tmp_path / "first.html", sensitivity=False, progress=False)
+    both = sim.report([batch], tmp_path / "both.html", before=tmp_path / "first.json", sensitivity=False, progress=False)
+    assert first.stat().st_size < 8e6
+    assert both.stat().st_size < 10e6
+
+
 # ---- refusals ----
 
 
@@ -302,7 +323,7 @@ def test_progress_says_how_long_it_will_take(tmp_path: Path, capsys: pytest.Capt
         ([], "no batches"),
         ([torch.zeros(2)], "batch 0 is a Tensor; expected tensors of rows by name"),
         ([{"input_ids": [1, 2]}], r"batch 0 is \{input_ids: list\}"),
-        ([{"words": torch.ones(2, 3)}], "batch 0 holds words; the model takes input_ids"),
+        ([{"words": torch.ones(2, 3)}], "batch 0 holds words; the model also needs input_ids"),
         ([tiny_batch(), {"input_ids": torch.ones(0, 3)}], "batch 1 is empty"),
     ],
     ids=["none", "no mapping", "no tensor", "other names", "empty"],
