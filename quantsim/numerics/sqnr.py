@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -41,8 +42,11 @@ class Noise:
 
     @classmethod
     def between(cls, x: Tensor, x_hat: Tensor) -> Noise:
-        x = x.double()
-        return cls(x.square().sum().item(), (x - x_hat).square_().sum().item())
+        """Of a tensor and what became of it, in float64."""
+        wide = x.detach().double().flatten()
+        signal = torch.dot(wide, wide).item()
+        wide.sub_(x_hat.detach().flatten())
+        return cls(signal, torch.dot(wide, wide).item())
 
     @property
     def db(self) -> float:
