@@ -27,13 +27,16 @@ class ExactLinear(nn.Module):
 
     Args:
         x, weight: the quantizers on whose grids the inputs of :meth:`forward` lie; they stay the graph's own.
+
+    Attributes:
+        quantizers: the two.
     """
 
     op = "linear"  # what ``quantsim.graph.roles.op_of`` calls it
 
     def __init__(self, x: FakeQuantizer, weight: WeightQuantizer) -> None:
         super().__init__()
-        self._quantizers = (x, weight)  # in a tuple, for they are not submodules of this one
+        self.quantizers = (x, weight)  # in a tuple, for they are not submodules of this one
         self._packed: tuple[Tensor, Int8Linear] | None = None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,12 +53,12 @@ class ExactLinear(nn.Module):
     def _on_integers(self, x: Tensor, weight: Tensor) -> bool:
         if self.training or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return False
-        quantized = fits_int8(*self._quantizers) and all(quantizer.calibrated for quantizer in self._quantizers)
+        quantized = fits_int8(*self.quantizers) and all(quantizer.calibrated for quantizer in self.quantizers)
         return quantized and x.dtype == weight.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
 
     def _product(self, weight: Tensor, bias: Tensor | None) -> Int8Linear:
         """The weight packed, once for as long as its quantizer gives the same tensor."""
-        inputs, weights = self._quantizers
+        inputs, weights = self.quantizers
         grid = Grid.of(inputs.affine_params())
         if self._packed is not None and self._packed[0] is weight:
             product = self._packed[1]

@@ -13,7 +13,8 @@ from quantsim.graph.place import FROM_IDS, Placement
 from quantsim.numerics.affine import AffineParams, grid_range
 from quantsim.numerics.sqnr import Noise
 from quantsim.quantizers.bins import Bins
-from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+from quantsim.quantizers.fake_quantizer import FakeQuantizer
+from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.report.walk import Batch, Walk, evaluating, everyone, nobody
 from quantsim.rewrites.insert_quantizers import weights_of
 
@@ -154,10 +155,10 @@ def activation_statistics(
         floating, simulated = Walk(graph, batch, nobody), Walk(graph, batch, everyone)
         while simulated.position < len(simulated.nodes) - 1:
             node = simulated.nodes[simulated.position]
-            quantizer = _activation_quantizer(graph, node)
+            quantizer = quantizer_of(node, graph)
             before = simulated.env[node.args[0]] if quantizer else None
             (_, y), (_, y_hat) = floating.step(), simulated.step()
-            if quantizer is not None and quantizer.name in placed:
+            if quantizer is not None and quantizer.name in placed:  # an activation's
                 found[quantizer.name] = _observe(placed[quantizer.name], before, y_hat, y, quantizer)
             elif node.name in plain and isinstance(y, Tensor):
                 found[plain[node.name].name] = _observe(plain[node.name], y_hat, y_hat, y, None)
@@ -174,11 +175,6 @@ def weight_statistics(graph: fx.GraphModule) -> dict[str, EdgeStatistics]:
         x_hat = quantizer(x.clone()) if on else x
         found[quantizer.name] = _statistics(quantizer.name, x, x_hat, None, quantizer.affine_params() if on else None, ())
     return found
-
-
-def _activation_quantizer(graph: fx.GraphModule, node: fx.Node) -> FakeQuantizer | None:
-    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module if isinstance(module, FakeQuantizer) and not isinstance(module, WeightQuantizer) else None
 
 
 def _observe(p: Placement, x: Any, x_hat: Tensor, y: Tensor, quantizer: FakeQuantizer | None) -> EdgeStatistics:

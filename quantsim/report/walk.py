@@ -9,8 +9,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
+from quantsim.quantizers.exact_linear import ExactLinear
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
+from quantsim.quantizers.in_graph import quantizer_of
 
 Batch = Mapping[str, Tensor]
 Chooses = Callable[[str], bool]
@@ -86,12 +89,17 @@ class Walk(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(str(target))
+        if isinstance(module, ExactLinear) and not all(map(self._quantizes, module.quantizers)):
+            return functional.linear(*args, **kwargs)
         if not isinstance(module, FakeQuantizer):
             return super().call_module(target, args, kwargs)
         x: Tensor = args[0]
-        if not (module.calibrated and self.chosen(module.name)):
+        if not self._quantizes(module):
             return x
         return module(x if isinstance(x, nn.Parameter) else x.clone())  # it may overwrite what it is given
+
+    def _quantizes(self, quantizer: FakeQuantizer) -> bool:
+        return quantizer.calibrated and self.chosen(quantizer.name)
 
 
 @torch.no_grad()
@@ -105,9 +113,8 @@ def quantizers_of(graph: fx.GraphModule) -> dict[str, int]:
     """Every quantizer that the graph calls, in order, and the position of the node that first calls it."""
     found: dict[str, int] = {}
     for position, node in enumerate(graph.graph.nodes):
-        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, FakeQuantizer):
-            found.setdefault(module.name, position)
+        if quantizer := quantizer_of(node, graph):
+            found.setdefault(quantizer.name, position)
     return found
 
 

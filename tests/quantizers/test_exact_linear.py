@@ -33,12 +33,12 @@ def on_grids(layer: ExactLinear, rows: int = 64) -> tuple[Tensor, Tensor, Tensor
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, 3, WIDTH, generator=generator), torch.randn(OUT, WIDTH, generator=generator) * 0.2
     with torch.no_grad():
-        return layer._quantizers[0](x), layer._quantizers[1](weight), torch.randn(OUT, generator=generator)
+        return layer.quantizers[0](x), layer.quantizers[1](weight), torch.randn(OUT, generator=generator)
 
 
 def written_out(layer: ExactLinear, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The docstring's equation: the sum over integers in float64, which holds it exactly, then three roundings."""
-    of_x, of_weight = (quantizer.affine_params() for quantizer in layer._quantizers)
+    of_x, of_weight = (quantizer.affine_params() for quantizer in layer.quantizers)
     r_x, r_w = (x / of_x.scale).round(), (weight / of_weight.scale[:, None]).round()
     total = (r_x.double() @ r_w.double().T).float()
     return total * of_x.scale * of_weight.scale + bias
@@ -78,7 +78,7 @@ def test_is_the_plain_linear_where_there_are_no_grids(layer):
         assert layer(x, weight, bias).dtype == torch.bfloat16
     assert layer(x.double(), weight.double(), bias.double()).dtype == torch.float64
     assert layer(x[:0], weight, bias).shape == (0, 3, OUT)
-    for quantizer in layer._quantizers:
+    for quantizer in layer.quantizers:
         state, quantizer.state = quantizer.state, State.OFF
         assert torch.equal(layer(x, weight, bias), plain)
         quantizer.state = state
@@ -89,10 +89,10 @@ def test_is_the_plain_linear_where_there_are_no_grids(layer):
 def test_follows_its_weight_and_its_ranges(layer):
     x, weight, bias = on_grids(layer)
     layer(x, weight, bias)
-    other = layer._quantizers[1](weight * 0.5)
+    other = layer.quantizers[1](weight * 0.5)
     assert torch.equal(layer(x, other, bias), written_out(layer, x, other, bias))
-    layer._quantizers[0].set_range(torch.tensor(-3.0), torch.tensor(3.0))
-    wider = layer._quantizers[0](x)
+    layer.quantizers[0].set_range(torch.tensor(-3.0), torch.tensor(3.0))
+    wider = layer.quantizers[0](x)
     assert torch.equal(layer(wider, other, bias), written_out(layer, wider, other, bias))
 
 
@@ -100,6 +100,6 @@ def test_follows_its_weight_and_its_ranges(layer):
 def test_a_copy_has_the_quantizers_of_the_copy(layer):
     x, weight, bias = on_grids(layer)
     expected = layer(x, weight, bias)
-    copied, quantizer = copy.deepcopy((layer, layer._quantizers[0]))
-    assert copied._quantizers[0] is quantizer is not layer._quantizers[0]
+    copied, quantizer = copy.deepcopy((layer, layer.quantizers[0]))
+    assert copied._quantizers[0] is quantizer is not layer.quantizers[0]
     assert torch.equal(copied(x, weight, bias), expected)
