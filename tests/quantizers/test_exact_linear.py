@@ -101,5 +101,5 @@ def test_a_copy_has_the_quantizers_of_the_copy(layer):
     x, weight, bias = on_grids(layer)
     expected = layer(x, weight, bias)
     copied, quantizer = copy.deepcopy((layer, layer.quantizers[0]))
-    assert copied._quantizers[0] is quantizer is not layer.quantizers[0]
+    assert copied.quantizers[0] is quantizer is not layer.quantizers[0]
     assert torch.equal(copied(x, weight, bias), expected)
