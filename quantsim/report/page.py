@@ -51,7 +51,7 @@ def page_data(analysis: Analysis, before: Analysis | None) -> dict[str, Any]:
     sides = [side for side in (analysis, before) if side is not None]
     rows: dict[str, dict[str, Any]] = {}
     for i, side in enumerate(sides):
-        figures = _figures(side)
+        figures = _figures(side, by=analysis.subject.metric)
         for edge in side.subject.coverage:
             rows.setdefault(edge.name, {**edge._asdict(), "sides": [None] * len(sides)})["sides"][i] = figures.get(edge.name)
     return {
@@ -86,12 +86,13 @@ def _subject(side: Analysis) -> dict[str, Any]:
     }
 
 
-def _figures(side: Analysis) -> dict[str, dict[str, Any]]:
+def _figures(side: Analysis, by: str) -> dict[str, dict[str, Any]]:
+    """Edge → figures; sensitivity only where it was measured by the metric ``by``, for others have other units."""
     found = {}
     for name, s in side.edges.items():
         found[name] = _edge_figures(s)
         for mode, key in (("alone_on", "on"), ("alone_off", "off")):
-            score = side.sensitivity[mode].get(name)  # type: ignore[index]
+            score = side.sensitivity[mode].get(name) if side.subject.metric == by else None  # type: ignore[index]
             found[name][key] = None if score is None else _number(score, 6)
     return found
 

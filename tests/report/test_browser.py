@@ -184,7 +184,7 @@ def test_before_and_after(browser: Any, folder: Path) -> None:
     assert new.own is not None
     assert shown["own SQNRbefore, dB"] == f"{old.own.db:.1f}"
     assert shown["own SQNRafter, dB"] == f"{new.own.db:.1f}"
-    assert {trace["name"].split(":")[0] for trace in opened.plotted("histogram")} == {"before", "after"}
+    assert {trace["name"].split(",")[0] for trace in opened.plotted("histogram")} == {"before", "after"}
     assert {trace["name"] for trace in opened.plotted("noise-plot")} == {"total, after", "own, after", "total, before", "own, before"}
     assert opened.page.locator("#heat .plot").count() == 2
     assert not opened.complaints

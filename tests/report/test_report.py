@@ -246,6 +246,14 @@ def test_beside_an_earlier_report_of_the_same_name(tmp_path: Path) -> None:
     assert edge["sides"][0]["clipped"] > edge["sides"][1]["clipped"]
 
 
+def test_scores_by_another_metric_are_not_put_beside(tmp_path: Path) -> None:
+    sim = tiny_sim()
+    report(sim, tmp_path)
+    report(sim, tmp_path, before=tmp_path / "report.json", metric=accuracy)
+    edge = next(e for e in data_in(tmp_path / "report.html")["edges"] if e["name"] == NAME)
+    assert [side["on"] is None for side in edge["sides"]] == [False, True]
+
+
 # ---- the page ----
 
 

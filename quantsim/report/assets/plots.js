@@ -45,14 +45,13 @@ function drawHistogram(edge) {
     const { width, first, counts } = s.histogram;
     const x = counts.map((_, k) => width * (first + k + 0.5));
     const outside = s.grid ? x.map((v) => v < s.grid[0] || v > s.grid[1]) : x.map(() => false);
-    const label = before ? `${names[i]}: ` : "";
     const hover = `%{x:.4g}: %{y} values<extra>${names[i]}</extra>`;
     const bars = (keep, name, color) => ({
-      type: "bar", name: label + name, x, y: counts.map((c, k) => (keep(k) ? c : 0)), width, hovertemplate: hover,
+      type: "bar", name, x, y: counts.map((c, k) => (keep(k) ? c : 0)), width, hovertemplate: hover,
       marker: { color, opacity: i === 1 ? 0.45 : 0.8, line: { width: 0 } },
     });
-    traces.push(bars((k) => !outside[k], s.grid ? "on the grid" : "values", colors[i]));
-    if (outside.some((o, k) => o && counts[k])) traces.push(bars((k) => outside[k], "clipped", i === 1 ? "#e0a09a" : "#c0392b"));
+    traces.push(bars((k) => !outside[k], names[i] || (s.grid ? "on the grid" : "values"), colors[i]));
+    if (outside.some((o, k) => o && counts[k])) traces.push(bars((k) => outside[k], before ? `${names[i]}, clipped` : "clipped", i === 1 ? "#e0a09a" : "#c0392b"));
     for (const end of s.grid || [])
       shapes.push({ type: "line", x0: end, x1: end, y0: 0, y1: 1, yref: "paper", line: { color: colors[i], width: 1.5, dash: i === 1 ? "dot" : "dash" } });
   }
@@ -110,13 +109,14 @@ function drawSensitivity() {
 function ranked(id, value, ascending, title, label) {
   const found = mostSensitive(value, ascending).slice(0, TOP).reverse();
   if (!found.length) return byId(id).replaceChildren(element("p", `${title}: not measured`, "about"));
-  const traces = [...sides].reverse().map((i) => ({
+  const traces = sides.map((i) => ({ // bars of a group go upwards
     type: "bar", orientation: "h", name: names[i], y: found.map((e) => e.name), x: found.map((e) => value(e.sides[i], i)),
     customdata: found.map((e) => e.index), hovertemplate: "%{y}: %{x:.3g}<extra></extra>", marker: { color: colors[i] },
   }));
   const drawn = layout(title, label, "", { bargap: 0.25, showlegend: Boolean(before), height: 70 + 19 * found.length, margin: { l: 10, r: 14, t: 34, b: 40 } });
   drawn.yaxis.tickfont = { size: 10.5 };
   drawn.yaxis.ticksuffix = " ";
+  drawn.legend.traceorder = "reversed";
   byId(id).style.height = `${drawn.height}px`;
   return Plotly.newPlot(id, traces, drawn, config).then((plot) => plot.on("plotly_click", (e) => select(e.points[0].customdata, true)));
 }
@@ -154,7 +154,7 @@ function drawOutliers() {
 }
 
 function drawHeat(edges) {
-  byId("heat").className = before ? "two" : "two one";
+  byId("heat").className = before ? "two pair" : "two one";
   byId("heat").replaceChildren();
   const ratios = (i) => edges.map((e) => {
     const channels = e.sides[i] ? e.sides[i].channels : [];
@@ -170,6 +170,7 @@ function drawHeat(edges) {
     const trace = {
       type: "heatmap", z: values.map((row) => row.map((r) => (r ? Math.log10(r) : 0))), customdata: values, y: edges.map((e) => e.name), zmin: 0, zmax: Math.log10(top),
       colorscale: [[0, "#f4f6f8"], [Math.log10(data.outlier) / Math.log10(top) * 0.999, "#7fb0c2"], [1, "#7a1022"]],
+      showscale: i === 0,
       hovertemplate: "%{y}<br>channel %{x}: %{customdata:.1f}×<extra></extra>",
       colorbar: { title: { text: "ratio" }, tickvals: ticks.map(Math.log10), ticktext: ticks.map(String), thickness: 12 },
     };

@@ -1,23 +1,23 @@
 // ---- the table of edges: what a column shows, what it sorts by, what is filtered ----
 
 const groups = [
-  { label: "clipped", unit: "of values", value: (s) => finite(s.clipped), text: (s) => share(s.clipped), bad: (s) => s.clipped > 0.01 },
+  { label: "clipped", value: (s) => finite(s.clipped), text: (s) => share(s.clipped), bad: (s) => s.clipped > 0.01 },
   { label: "own SQNR", unit: "dB", value: (s) => asNumber(s.own), text: (s) => db(s.own), bad: (s) => asNumber(s.own) < 20 },
   { label: "total SQNR", unit: "dB", value: (s) => asNumber(s.total), text: (s) => db(s.total), bad: (s) => asNumber(s.total) < 10 },
   { label: "alone on", unit: metric ? `${unit} lost` : "dB", value: aloneOn, text: (s, i) => score(aloneOn(s, i)) },
-  { label: "alone off", unit: `${unit} gained`, value: aloneOff, text: (s, i) => score(aloneOff(s, i)) },
+  { label: "alone off", unit: before ? unit : `${unit} gained`, value: aloneOff, text: (s, i) => score(aloneOff(s, i)) },
   { label: "outlier", unit: "ratio", value: (s) => finite(s.outlier), text: (s) => times(s.outlier), bad: (s) => s.outlier >= data.outlier },
 ];
 const columns = [
   { label: "edge", value: (e) => e.index, text: (e) => e.name },
-  { label: "quantizer", words: true, value: (e) => e.quantizer, text: (e) => e.quantizer || "floating point" },
+  ...(before ? [] : [{ label: "quantizer", words: true, value: (e) => e.quantizer, text: (e) => e.quantizer || "floating point" }]),
   { label: "range, or why there is none", words: true, value: (e) => e.range || e.reason, text: (e) => e.range || e.reason },
 ];
 for (const group of groups)
   for (const i of [...sides].reverse())
     columns.push({
       label: group.label,
-      unit: before ? `${names[i]}, ${group.unit}` : group.unit,
+      unit: [names[i], group.unit].filter(Boolean).join(", "),
       number: true,
       value: (e) => (e.sides[i] ? group.value(e.sides[i], i) : null),
       text: (e) => (e.sides[i] ? group.text(e.sides[i], i) : ""),
