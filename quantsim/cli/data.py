@@ -75,7 +75,7 @@ def find_data(
         task: what ``--task`` named; checks columns and labels.
         splits: those to look for, the best first.
         labels: columns that are no text.
-        usual: the text columns, where neither ``--columns`` nor a task says which.
+        usual: the text columns, where neither ``--columns`` nor a task says which and the rows have them.
 
     Raises:
         CommandError: no rows, no such file, format, split or column.
@@ -97,7 +97,8 @@ def find_data(
         rows, source = _load(args.data, args.subset, args.split, splits)
     if not len(rows):
         raise CommandError(f"{source}: no rows")
-    return Data(rows, _columns(args.columns or (task.columns if task else usual), rows, source, labels), source)
+    found = usual if set(usual) <= set(rows.column_names) else ()
+    return Data(rows, _columns(args.columns or (task.columns if task else found), rows, source, labels), source)
 
 
 def drawn(rows: Dataset, count: int, seed: int) -> Dataset:
@@ -122,10 +123,13 @@ def _read(path: Path) -> Dataset:
     kind, options = FORMATS[path.suffix]
     with tempfile.TemporaryDirectory() as cache:
         try:
-            rows = load_dataset(kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options)
+            found = load_dataset(kind, data_files=str(path), cache_dir=cache, keep_in_memory=True, **options)
         except Exception as error:  # datasets, pandas and pyarrow have a family of them each
             cause = error.__cause__ or error
             raise CommandError(f"--data {path}: cannot be read as {kind} ({type(cause).__name__}: {cause})") from error
+        if "train" not in found:
+            raise CommandError(f"--data {path}: no rows")
+        rows = found["train"]
         return rows.filter(lambda row: row["text"].strip(), keep_in_memory=True) if kind == "text" else rows
 
 

@@ -18,7 +18,7 @@ from quantsim.formats.checkpoint import MODEL_CONFIG, SIM, load_checkpoint
 from quantsim.graph.example_inputs import example_inputs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -107,7 +107,8 @@ def _checkpoint(name: str, folder: Path) -> Source:
 
 
 def _transformers(name: str, place: str) -> Source:
-    return Source(name, lambda: load_model(place), None, lambda: load_tokenizer(place))
+    config = _config(place)
+    return Source(name, lambda: load_model(place, config), None, lambda: load_tokenizer(place))
 
 
 def _card(text: str) -> Source:
@@ -127,22 +128,17 @@ def _card(text: str) -> Source:
 # ---- transformers ----
 
 
-def load_model(place: str) -> PreTrainedModel:
+def load_model(place: str, config: PreTrainedConfig) -> PreTrainedModel:
     """A whole model in float32 and eval mode, of the class that its config names. Code that comes with a model is not run.
 
     Raises:
-        CommandError: not to be had, no class of ``transformers``, or without weights for all of it.
+        CommandError: no class of ``transformers``, weights that cannot be read, or none for a part of it.
     """
-    _ask_the_hub(place)
-    try:
-        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # transformers, the Hub and json have a family of them each
-        raise CommandError(f"{place}: {_not_there(place)} ({error})") from error
     names = config.architectures or ["AutoModel"]
     cls = getattr(transformers, names[0], None)
     if cls is None:
         raise CommandError(f"{place}: its architecture {names[0]!r} is no model class of transformers; code of a model's own is not run")
-    try:
+    try:  # transformers, the Hub and safetensors have a family of errors each
         model, info = cls.from_pretrained(place, dtype="float32", trust_remote_code=False, output_loading_info=True)
     except Exception as error:
         raise CommandError(f"{place}: its weights cannot be read ({type(error).__name__}: {error})") from error
@@ -173,6 +169,15 @@ def load_tokenizer(place: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         raise CommandError(f"{place}: its tokenizer has no pad token, and rows are padded to one length; set pad_token in it")
     return tokenizer
+
+
+def _config(place: str) -> PreTrainedConfig:
+    _ask_the_hub(place)
+    try:
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:
+        raise CommandError(f"{place}: {_not_there(place)} ({error})") from error
+    return config
 
 
 def _ask_the_hub(place: str) -> None:

@@ -58,9 +58,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
-def save_model(folder: Path, base: Path, head: type[nn.Module] = BertForSequenceClassification, **changes: Any) -> Path:
-    """A tiny model in a folder with the base's tokenizer."""
-    shutil.copytree(base, folder)
+def save_model(folder: Path, tokenizer: Path, head: type[nn.Module] = BertForSequenceClassification, **changes: Any) -> Path:
+    """A tiny model in a folder, with a tokenizer from another."""
+    shutil.copytree(tokenizer, folder)
     tiny_bert(head, num_hidden_layers=1, **changes).save_pretrained(folder)
     return folder
 
