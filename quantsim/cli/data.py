@@ -123,13 +123,12 @@ def _read(path: Path) -> Dataset:
     kind, options = FORMATS[path.suffix]
     with tempfile.TemporaryDirectory() as cache:
         try:
-            found = load_dataset(kind, data_files=str(path), cache_dir=cache, keep_in_memory=True, **options)
+            rows = load_dataset(kind, data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True, **options)
         except Exception as error:  # datasets, pandas and pyarrow have a family of them each
             cause = error.__cause__ or error
+            if "corresponds to no data" in str(cause):  # a header alone
+                raise CommandError(f"--data {path}: no rows") from error
             raise CommandError(f"--data {path}: cannot be read as {kind} ({type(cause).__name__}: {cause})") from error
-        if "train" not in found:
-            raise CommandError(f"--data {path}: no rows")
-        rows = found["train"]
         return rows.filter(lambda row: row["text"].strip(), keep_in_memory=True) if kind == "text" else rows
 
 
