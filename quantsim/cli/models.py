@@ -50,7 +50,7 @@ class Source:
             CommandError: it is not quantized, or no quantizer of it has a range.
         """
         if self.load_simulation is None:
-            raise CommandError(f"{self.name}: is not quantized (no {SIM}); expected a checkpoint, which `quantsim quantize` writes")
+            raise CommandError(f"{self.name}: is not quantized; expected a checkpoint, which `quantsim quantize` writes")
         sim = self.load_simulation()
         if not any(quantizer.calibrated for quantizer in sim.quantizers.values()):
             raise CommandError(
@@ -74,13 +74,13 @@ def find_source(text: str) -> Source:
 
     folder = Path(text).expanduser()
     if folder.is_dir():
-        if (folder / SIM).is_file():
+        if is_checkpoint(folder):
             return _checkpoint(text, folder)
         if (folder / CARD).is_file():
             return _card(text)
         if (folder / MODEL_CONFIG).is_file():
             return _transformers(text, str(folder))
-        raise CommandError(f"{text}: holds neither {MODEL_CONFIG} (a model) nor {SIM} (a checkpoint); expected what save_pretrained writes")
+        raise CommandError(f"{text}: holds no {MODEL_CONFIG}; expected what save_pretrained writes")
     if folder.exists():
         raise CommandError(f"{text}: is a file; expected the folder that save_pretrained writes, or a Hub id")
     if text in card_names():
@@ -88,6 +88,11 @@ def find_source(text: str) -> Source:
     if not HUB_ID.fullmatch(text):
         raise CommandError(f"{text}: no such folder, and no Hub id (owner/name) either; see `quantsim list` for the zoo's cards")
     return _transformers(text, text)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether ``QuantSim.save_pretrained`` wrote it."""
+    return (folder / SIM).is_file()
 
 
 def card_names() -> list[str]:

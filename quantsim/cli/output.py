@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quantsim.cli.command import CommandError
-from quantsim.formats.checkpoint import SIM
+from quantsim.cli.models import is_checkpoint
 
 
 def output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
@@ -29,10 +29,8 @@ def check_output(path: Path, overwrite: bool, *, folder: bool) -> None:
     if path.exists() and not (folder and path.is_dir() and not any(path.iterdir())):
         if not overwrite:
             raise CommandError(f"--output {path}: exists already; give another path, or --overwrite to replace it")
-        if folder and not (path / SIM).is_file():
-            raise CommandError(
-                f"--output {path}: holds no {SIM}, so it is no checkpoint of quantsim and is not replaced; give another path"
-            )
+        if folder and not is_checkpoint(path):
+            raise CommandError(f"--output {path}: holds no checkpoint of quantsim and is not replaced; give another path")
         if not folder and not path.is_file():
             raise CommandError(f"--output {path}: is a folder; expected the file to write")
     above = next(parent for parent in path.absolute().parents if parent.exists())

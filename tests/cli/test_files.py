@@ -36,7 +36,7 @@ def test_the_table_of_kernels(checkpoint: Path, tmp_path: Path, run: Run) -> Non
 
 
 def test_lower_refuses(model: Path, checkpoint: Path, tmp_path: Path, run: Run) -> None:
-    assert "is not quantized (no quantsim.json); expected a checkpoint" in run("lower", model, "--output", tmp_path / "x").refused()
+    assert "is not quantized; expected a checkpoint" in run("lower", model, "--output", tmp_path / "x").refused()
     (tmp_path / "taken").touch()
     assert "exists already" in run("lower", checkpoint, "--output", tmp_path / "taken").refused()
     assert names_in(tmp_path) == {"taken"}

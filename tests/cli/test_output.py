@@ -69,11 +69,15 @@ def test_places_that_are_taken(tmp_path: Path) -> None:
         with pytest.raises(CommandError, match="exists already"):
             check_output(path, False, folder=is_folder)
     check_output(file, True, folder=False)
-    with pytest.raises(CommandError, match=r"holds no quantsim\.json, so it is no checkpoint"):
+    with pytest.raises(CommandError, match="holds no checkpoint of quantsim"):
         check_output(folder, True, folder=True)
     with pytest.raises(CommandError, match="is a folder; expected the file"):
         check_output(folder, True, folder=False)
     with pytest.raises(CommandError, match="is no folder that can be written to"):
         check_output(file / "below", False, folder=True)
-    (folder / "quantsim.json").touch()
-    check_output(folder, True, folder=True)
+
+
+def test_a_checkpoint_may_be_replaced(checkpoint: Path) -> None:
+    check_output(checkpoint, True, folder=True)
+    with pytest.raises(CommandError, match="exists already"):
+        check_output(checkpoint, False, folder=True)

@@ -192,7 +192,7 @@ def test_a_model_that_is_not_there(refused: Any, tmp_path: Path, no_hub: None) -
     assert "no such folder, and no Hub id" in refused(model=tmp_path / "nowhere")
     assert "no such folder, no card of the zoo (nearest: bert_w8a8_rte), and nothing from the Hub" in refused(model="bert_w8a8_rtee")
     (tmp_path / "empty").mkdir()
-    assert "holds neither config.json (a model) nor quantsim.json (a checkpoint)" in refused(model=tmp_path / "empty")
+    assert "holds no config.json; expected" in refused(model=tmp_path / "empty")
     (tmp_path / "file").touch()
     assert "is a file; expected the folder" in refused(model=tmp_path / "file")
 
