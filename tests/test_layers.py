@@ -1,4 +1,4 @@
-"""Imports run downwards only: cli → sim → lowered → report, rewrites, formats → graph, quantizers, kernels → numerics → config."""
+"""Imports run downwards only: sim → lowered → report, rewrites, formats → graph, quantizers, kernels → numerics → config."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ LEVELS = {
     "lowered": 4,
     "sim": 5,
     "__init__": 6,
-    "cli": 7,
-    "__main__": 8,
 }
-PROGRAMS = {"cli", "__main__"}  # they use what is installed beside the library: recipes and model_zoo
+PROGRAMS = {"cli": 98, "__main__": 99}  # above all; they use what is installed beside the library too: recipes and model_zoo
+LEVELS |= PROGRAMS
 FILES = sorted(PACKAGE.rglob("*.py"))
 LIBRARY = [path for path in FILES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in PROGRAMS]
 
