@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +26,10 @@ LEVELS = {
     "sim": 7,
     "__init__": 8,
 }
+PROGRAMS = {"cli": 98, "__main__": 99}  # above all; they use what is installed beside the library too: recipes and model_zoo
+LEVELS |= PROGRAMS
 FILES = sorted(PACKAGE.rglob("*.py"))
+LIBRARY = [path for path in FILES if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in PROGRAMS]
 
 
 def room_of(parts: tuple[str, ...]) -> str:
@@ -61,7 +66,13 @@ def test_a_room_imports_from_below_alone(path: Path) -> None:
     assert not upwards, f"{room} imports {upwards}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_library_does_not_import_its_programs(path: Path) -> None:
     tops = {name.split(".")[0] for name in imported_modules(path)}
     assert not tops & {"recipes", "model_zoo", "benchmarks", "tests"}
+
+
+def test_the_command_line_starts_without_what_only_some_commands_need() -> None:
+    heavy = ("recipes", "model_zoo", "datasets", "sklearn", "accelerate", "transformers.modeling_utils")
+    code = f"import sys, quantsim.cli.main; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
