@@ -24,9 +24,10 @@ from quantsim.cli.export import EXPORT
 from quantsim.cli.listing import LIST
 from quantsim.cli.lower import LOWER
 from quantsim.cli.quantize import QUANTIZE
+from quantsim.cli.report import REPORT
 from quantsim.config import near
 
-COMMANDS = {command.name: command for command in (QUANTIZE, EVALUATE, LOWER, EXPORT, COVERAGE, LIST)}
+COMMANDS = {command.name: command for command in (QUANTIZE, EVALUATE, REPORT, LOWER, EXPORT, COVERAGE, LIST)}
 EXIT_CODES = """\
 exit codes:
   0    done
@@ -42,6 +43,7 @@ USERS = (
     quantsim.EncodingsError,
     quantsim.LoweringError,
     quantsim.OnnxError,
+    quantsim.ReportError,
     quantsim.TraceError,
     OSError,
 )

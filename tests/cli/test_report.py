@@ -1,0 +1,43 @@
+"""`quantsim report`: a page and its results; a model that is not quantized is calibrated first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantsim import QuantSim
+from tests.cli.conftest import Run, names_in
+
+pytest.importorskip("plotly")
+
+
+def test_a_checkpoint(checkpoint: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+    page = tmp_path / "page.html"
+    command = ["report", checkpoint, "--data", texts, "--max-length", 16, "--output", page]
+    found = run(*command, "--json").json
+    assert found["written"] == [str(page), str(tmp_path / "page.json")]
+    assert names_in(tmp_path) == {"page.html", "page.json"}
+    text, results = page.read_text(), (tmp_path / "page.json").read_text()
+    json.loads(results)
+    sim = QuantSim.from_pretrained(checkpoint)
+    assert all(name in text for name in sim.quantizers)
+    assert run(*command).code == 0  # its own page is gone on with
+    assert (tmp_path / "page.json").read_text() == results
+
+
+def test_a_model_is_calibrated_first_and_shown_beside_another(model: Path, checkpoint: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+    flags = ["--data", texts, "--rows", 4, "--max-length", 16, "--no-sensitivity", "--output", tmp_path / "page.html"]
+    ran = run("report", model, *flags, "--before", checkpoint)
+    assert ran.code == 0, ran.err
+    assert names_in(tmp_path) == {"page.html", "page.json", "page.before.json"}
+
+
+def test_what_it_refuses(checkpoint: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+    command = ["report", checkpoint, "--data", texts, "--output"]
+    (tmp_path / "mine.html").write_text("precious")
+    assert "exists already" in run(*command, tmp_path / "mine.html").refused()
+    assert "expected the name of the page" in run(*command, tmp_path / "page.json", "--max-length", 16).refused()
+    assert "no data" in run("report", checkpoint, "--output", tmp_path / "page.html").refused()
+    assert names_in(tmp_path) == {"mine.html"}
