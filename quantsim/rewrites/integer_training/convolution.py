@@ -126,8 +126,9 @@ class _Convolution(torch.autograd.Function):
         if needs_x:
             rows = _grouped(w.mantissa.flatten(1), w, groups)
             columns = integer_matmul(gradients.mantissa.mT, rows.mantissa, g.bits, w.bits).double()
-            columns = _ungrouped(columns, groups).reshape(q.mantissa.shape[0], -1, q.mantissa.shape[1], math.prod(window.kernel))
-            dx = from_accumulator(window.scatter(columns, q.mantissa.shape[2:]), g.exponent + w.exponent)
+            batch, channels, *sizes = q.mantissa.shape
+            columns = _ungrouped(columns, groups).reshape(batch, math.prod(grad.shape[2:]), channels, math.prod(window.kernel))
+            dx = from_accumulator(window.scatter(columns, sizes), g.exponent + w.exponent)
         if needs_w:
             dw = multiply(gradients, _columns(q, window, groups)).reshape(w.mantissa.shape)
         return None, dx, dw, sum_rows(g) if needs_b else None, None, None
