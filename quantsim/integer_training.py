@@ -50,9 +50,7 @@ class IntegerTraining:
     >>> optimizer.step()
     """
 
-    def __init__(
-        self, model: nn.Module, config: IntegerConfig | None = None, example_inputs: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, config: IntegerConfig | None = None, example_inputs: Mapping[str, Tensor] | None = None) -> None:
         if isinstance(model.__dict__.get("forward"), GraphForward):
             raise ValueError(f"{type(model).__name__} runs on a graph already; give IntegerTraining the model that it was made from")
         self.config = config or IntegerConfig()

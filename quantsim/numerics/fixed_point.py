@@ -154,9 +154,9 @@ def from_accumulator(accumulator: Tensor, exponent: int, bias: Tensor | None = N
     factors = torch.tensor([math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)], device=accumulator.device)
     if bias is None:
         flat = accumulator.reshape(-1)
-        return _kernel(_inverse, flat)(flat, factors).reshape(accumulator.shape)  # type: ignore[no-any-return]
+        return _kernel(_inverse, flat)(flat, factors).reshape(accumulator.shape)
     rows = accumulator.reshape(-1, accumulator.shape[-1])
-    return _kernel(_inverse_with_bias, rows)(rows, factors, bias.detach().float()).reshape(accumulator.shape)  # type: ignore[no-any-return]
+    return _kernel(_inverse_with_bias, rows)(rows, factors, bias.detach().float()).reshape(accumulator.shape)
 
 
 def mantissa_dtype(bits: int) -> torch.dtype:

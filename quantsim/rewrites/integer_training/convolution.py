@@ -115,7 +115,7 @@ class _Convolution(torch.autograd.Function):
         return y.reshape(batch, *sizes, weight.shape[0]).movedim(-1, 1).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None, None]:
         (q, w), _ = kept(ctx)
         window, groups = ctx.window, ctx.groups

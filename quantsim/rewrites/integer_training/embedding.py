@@ -35,7 +35,7 @@ class _Embedding(torch.autograd.Function):
         return rows.value().to(weight.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         (ids,) = ctx.saved_tensors
         width = ctx.shape[1]

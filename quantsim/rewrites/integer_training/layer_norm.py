@@ -77,7 +77,7 @@ class _LayerNorm(torch.autograd.Function):
         return (y if bias is None else y + bias.reshape(-1)).reshape(x.shape).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, Tensor | None, Tensor | None, None]:
         (q, gamma), (total, r) = kept(ctx)
         assert total is not None

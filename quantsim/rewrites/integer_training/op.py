@@ -12,6 +12,7 @@ from quantsim.numerics.fixed_point import FixedPoint, to_fixed_point
 from quantsim.numerics.random_bits import stream_of
 from quantsim.rewrites.integer_training.config import OPERANDS, IntegerConfig, Operand
 
+
 @dataclass(frozen=True)
 class Mapper:
     """Maps the operands of one op in one forward and its backward.

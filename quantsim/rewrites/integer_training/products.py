@@ -13,8 +13,8 @@ integers. So an element of ``dX`` differs from that of float, for these ``X`` an
 
     |dX - G @ W| <= sum_k (|G_k| s_W + |W_k| s_G + s_G s_W) + u |dX|
 
-and the same holds for ``Y`` (with ``s_X, s_W``) and ``dW`` (with ``s_G, s_X``). Where rounding is stochastic the operands of a
-product are rounded independently, so the expectation of each product is that of float (but for values in the topmost step of a tensor, see there).
+and the same holds for ``Y`` (with ``s_X, s_W``) and ``dW`` (with ``s_G, s_X``). Where rounding is stochastic the operands of a product
+are rounded independently, so its expectation is that of float (but for values in the topmost step of a tensor, which are clamped).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Linear(torch.autograd.Function):
         return y.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
         (x, w), _ = kept(ctx)
         g = ctx.mapper.map(grad.reshape(-1, grad.shape[-1]), "gradient")  # [n, out]
@@ -88,7 +88,7 @@ class _Matmul(torch.autograd.Function):
         return multiply(qa, qb).to(a.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         (a, b), _ = kept(ctx)
         g = ctx.mapper.map(grad, "gradient")  # [*, n, m]
