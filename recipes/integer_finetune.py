@@ -23,7 +23,7 @@ from model_zoo.publish import write_results
 from quantsim import ConfigError, FixedPointError, IntegerConfig, IntegerTraining, TraceError
 from quantsim.rewrites.integer_training.config import KINDS, Rounding
 from recipes.bert_qat import add_flags, overrides, prepare, results, table
-from recipes.hub import go_offline
+from recipes.low_rank import merged
 from recipes.reading import read_recipe
 from recipes.recipe import Recipe
 from recipes.run import Run
@@ -40,8 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the only bars are the stages'
     try:
         recipe, config, args = parse(arguments)
-        if args.offline:
-            go_offline()
         run = prepare(recipe, args)
         follow(run, config)
     except (RecipeError, ConfigError, TraceError, FixedPointError) as error:
@@ -58,13 +56,13 @@ def follow(run: Run, config: IntegerConfig | None) -> None:
         run.measure(f"integers {config.weight_bits}-{config.activation_bits}-{config.gradient_bits}", trained)
     run.measure("float", model)
     if run.processes.is_main_process:
-        write_model(run.folder / MODEL, model)
+        write_model(run.folder / MODEL, merged(model))
         write_results(run.folder, {**results(run), "integer": config and asdict(config)})
 
 
 def rewrite_of(config: IntegerConfig | None) -> Rewrite | None:
     """The model in integers; ``None`` trains it in float."""
-    return config and Rewrite(asdict(config), lambda model: IntegerTraining(model, config).model)
+    return None if config is None else Rewrite(asdict(config), lambda model: IntegerTraining(model, config).model)
 
 
 def write_model(folder: Path, model: PreTrainedModel) -> None:

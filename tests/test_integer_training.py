@@ -31,13 +31,13 @@ from transformers import (
 from quantsim import ConfigError, FixedPointError, IntegerConfig, IntegerTraining, QuantSim
 from quantsim.graph.example_inputs import example_inputs
 from quantsim.numerics.integer_matmul import int8_kernel_is_exact
-from quantsim.rewrites.integer_training import ROOM
+from quantsim.rewrites.integer_training import ROOM, IntegerOp
 from tests.tiny import LABELS, VOCAB, tiny_batch, tiny_bert
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "max_position_embeddings": 64,
@@ -50,10 +50,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": tiny_bert,
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**TEXT)),
     "distilbert": lambda: DistilBertForSequenceClassification(
-        DistilBertConfig(vocab_size=VOCAB, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=64, initializer_range=0.3)
+        DistilBertConfig(vocab_size=VOCAB, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=64, initializer_range=0.3)
     ),
     "vit": lambda: ViTForImageClassification(
-        ViTConfig(**IMAGE, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        ViTConfig(**IMAGE, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     ),
     # not looked at while this was built: grouped 1d convolutions in place of linears; depthwise convolutions and norms over channels
     "squeezebert": lambda: SqueezeBertForSequenceClassification(
@@ -74,7 +74,15 @@ FLOAT_PRODUCTS = {
 def _trained_in(name: str, bits: int) -> tuple[nn.Module, IntegerTraining]:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
-    return model, IntegerTraining(model, IntegerConfig(bits, bits, bits, ops=ALL_OPS))
+    if bits == 8:
+        return model, IntegerTraining(model, IntegerConfig(ops=ALL_OPS))
+    training = copy.copy(_trained_in(name, 8)[1])  # the same graph with other bits
+    training.model, training.config = copy.deepcopy(training.model), IntegerConfig(bits, bits, bits, ops=ALL_OPS)
+    training.graph = training.model.forward.graph
+    for op in training.model.modules():
+        if isinstance(op, IntegerOp):
+            op.config = training.config
+    return model, training
 
 
 def trained_in(name: str, bits: int = 8) -> tuple[nn.Module, IntegerTraining]:
