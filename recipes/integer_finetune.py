@@ -31,7 +31,7 @@ from recipes.stages import Rewrite, fine_tune
 from recipes.tasks import RecipeError
 
 RECIPES = Path(__file__).parent / "integer"
-TASKS = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "full")
+TASKS = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 MODEL = "model"
 
 
