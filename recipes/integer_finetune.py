@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from model_zoo.publish import write_results
 from quantsim import ConfigError, FixedPointError, IntegerConfig, IntegerTraining, TraceError
-from quantsim.rewrites.integer_training.config import KINDS, Rounding
+from quantsim.rewrites.integer_training.config import KINDS, OPERANDS, Rounding
 from recipes.bert_qat import add_flags, overrides, prepare, results, table
 from recipes.low_rank import merged
 from recipes.reading import read_recipe
@@ -99,9 +99,9 @@ def add_integer_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for each field of :class:`IntegerConfig`."""
     default = IntegerConfig()
     parser.add_argument("--float", action="store_true", help="train in floating point, to compare with")
-    for operand in ("weight", "activation", "gradient"):
+    for operand in OPERANDS:
         parser.add_argument(f"--{operand}_bits", type=int, default=8, help="4 to 16; default 8")
-        parser.add_argument(f"--{operand}_rounding", choices=get_args(Rounding), default="stochastic")
+        parser.add_argument(f"--{operand}_rounding", choices=get_args(Rounding), default=default.rounding(operand))
     parser.add_argument("--ops", nargs="+", choices=KINDS, default=default.ops, help="what is computed in integers; default all but matmul")
     parser.add_argument("--keep_float", nargs="+", default=(), metavar="PATTERN", help="names of ops to leave in float")
 

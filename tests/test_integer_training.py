@@ -160,7 +160,7 @@ def test_fewer_bits_are_further_away() -> None:
 
 def test_the_table_names_every_op_and_why() -> None:
     text = str(trained_in("bert")[1])
-    assert text.startswith("26 ops in integers, 17 in float; weights 8 bits stochastic")
+    assert text.startswith("26 ops in integers, 17 in float; weights 8 bits nearest")
     for line in ("bert.pooler.dense.output", "bert.encoder.layer.1.attention.self.softmax", "not a kind of op that is trained in integers"):
         assert line in text
     default = IntegerTraining(tiny_bert(num_hidden_layers=1), IntegerConfig(keep_float=("classifier.*",)))
@@ -277,6 +277,14 @@ def test_evaluation_is_deterministic_and_draws_nothing() -> None:
     first = training.model(**tiny_batch()).logits
     assert torch.equal(first, training.model(**tiny_batch()).logits)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_autocast_leaves_integers_as_they_are() -> None:
+    _, training = trained_in("bert")  # all products are integer ones, so there is nothing left to cast
+    training.model.eval()
+    expected = training.model(**tiny_batch()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(training.model(**tiny_batch()).logits, expected)
 
 
 def test_a_gradient_that_is_not_finite_names_the_op() -> None:

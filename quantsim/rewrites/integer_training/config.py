@@ -22,8 +22,10 @@ class IntegerConfig:
 
     Attributes:
         weight_bits, activation_bits, gradient_bits: 4 to 16, the sign among them.
-        weight_rounding, activation_rounding, gradient_rounding: ``"stochastic"`` or ``"nearest"``. In eval mode all are rounded to
-            the nearest, so that evaluation is deterministic.
+        weight_rounding, activation_rounding, gradient_rounding: ``"stochastic"`` or ``"nearest"``. Gradients are rounded
+            stochastically, as their sums over steps must be unbiased; the forward to the nearest, with half the mean square error
+            and the values that evaluation sees (the paper doesn't say). In eval mode all are rounded to the nearest, so that
+            evaluation is deterministic.
         ops: the kinds of ops that become integer ones. ``"matmul"`` are products of two activations, as in attention; the paper
             doesn't name them, and they are left in float by default.
         keep_float: patterns (``fnmatch``) of op names to leave in float, as ``("classifier.*",)``.
@@ -39,8 +41,8 @@ class IntegerConfig:
     weight_bits: int = 8
     activation_bits: int = 8
     gradient_bits: int = 8
-    weight_rounding: Rounding = "stochastic"
-    activation_rounding: Rounding = "stochastic"
+    weight_rounding: Rounding = "nearest"
+    activation_rounding: Rounding = "nearest"
     gradient_rounding: Rounding = "stochastic"
     ops: tuple[Kind, ...] = ("linear", "convolution", "layer_norm", "embedding")
     keep_float: tuple[str, ...] = ()

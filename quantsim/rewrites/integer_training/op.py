@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quantsim.numerics.fixed_point import FixedPoint, to_fixed_point
@@ -49,7 +50,9 @@ class IntegerOp(nn.Module):
         self.function, self.name, self.number, self.config = function, name, number, config
 
     def forward(self, key: int | None, *args: Any) -> Tensor:
-        return self.function(Mapper(self.name, self.number, self.config, key), *args)
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):  # it would round exact integers to bf16
+            return self.function(Mapper(self.name, self.number, self.config, key), *args)
 
     def extra_repr(self) -> str:
         return f"{self.function.__name__}, {self.config}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantsim.rewrites.integer_training import IntegerConfig
-from quantsim.rewrites.integer_training.config import Operand
+from quantsim.rewrites.integer_training.config import OPERANDS, Operand
 from quantsim.rewrites.integer_training.op import Mapper
 
 U = 2.0**-24
@@ -16,7 +16,9 @@ BITS = [(8, 8, 8), (4, 6, 5), (10, 10, 10), (12, 8, 16), (16, 16, 16)]
 
 
 def mapper(bits: tuple[int, int, int] = (8, 8, 8), key: int | None = 11, **changes: Any) -> Mapper:
-    return Mapper("layer.dense", 3, IntegerConfig(*bits, **changes), key)
+    """Every operand is rounded stochastically, unless ``changes`` says otherwise or there is no key."""
+    rounding = {f"{operand}_rounding": "stochastic" for operand in OPERANDS}
+    return Mapper("layer.dense", 3, IntegerConfig(*bits, **(rounding | changes)), key)
 
 
 def value(m: Mapper, x: Tensor, operand: Operand) -> Tensor:
