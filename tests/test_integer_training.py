@@ -30,6 +30,7 @@ from transformers import (
 
 from quantsim import ConfigError, FixedPointError, IntegerConfig, IntegerTraining, QuantSim
 from quantsim.graph.example_inputs import example_inputs
+from quantsim.numerics.fused import fused_kernels
 from quantsim.numerics.integer_matmul import int8_kernel_is_exact
 from quantsim.rewrites.integer_training import ROOM, IntegerOp
 from tests.tiny import LABELS, VOCAB, tiny_batch, tiny_bert
@@ -267,6 +268,21 @@ def test_a_seed_reproduces_a_step_on_any_number_of_threads() -> None:
     for n in names:  # float ops between the integer ones may split their sums by threads
         torch.testing.assert_close(found[0][n], found[1][n], rtol=1e-4, atol=1e-5)
     assert not all(torch.equal(found[0][n], found[3][n]) for n in names)
+
+
+@pytest.mark.slow  # its smaller twin is tests/numerics/test_fixed_point.py::test_fused_kernels_give_the_same_bits
+@pytest.mark.parametrize("bits", [8, 16])
+def test_fused_kernels_give_the_same_gradients_and_are_compiled_once(bits: int) -> None:
+    _, training = trained_in("bert", bits)
+    batch, found = {**tiny_batch(), "labels": LABELS}, []
+    gradients(training.model.train(), batch)  # traces the loss
+    for fused in (False, True):
+        torch.manual_seed(0)
+        with fused_kernels(fused) as works, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            if fused and not works:
+                pytest.skip("no C++ compiler")
+            found.append(gradients(training.model, batch))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_evaluation_is_deterministic_and_draws_nothing() -> None:

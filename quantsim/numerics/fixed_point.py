@@ -129,7 +129,7 @@ def to_fixed_point(
         exponent = shared_exponent(x, bits, what)
     if x.numel() >= 2**31:
         raise FixedPointError(f"{what}: {x.numel()} elements; expected fewer than 2**31")
-    flat, dtype = x.detach().float().reshape(-1), mantissa_dtype(bits)
+    flat, dtype = _plain(x.detach().float().reshape(-1)), mantissa_dtype(bits)
     numbers = torch.tensor([math.ldexp(1.0, -exponent), limit_of(bits)], device=x.device)
     if stream is None:
         mantissa = _kernel(_nearest, flat)(flat, numbers, dtype)
@@ -153,10 +153,10 @@ def from_accumulator(accumulator: Tensor, exponent: int, bias: Tensor | None = N
     half = exponent // 2 if abs(exponent) > -LEAST_EXPONENT else exponent
     factors = torch.tensor([math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)], device=accumulator.device)
     if bias is None:
-        flat = accumulator.reshape(-1)
+        flat = _plain(accumulator.reshape(-1))
         return _kernel(_inverse, flat)(flat, factors).reshape(accumulator.shape)
-    rows = accumulator.reshape(-1, accumulator.shape[-1])
-    return _kernel(_inverse_with_bias, rows)(rows, factors, bias.detach().float()).reshape(accumulator.shape)
+    rows = _plain(accumulator.reshape(-1, accumulator.shape[-1]))
+    return _kernel(_inverse_with_bias, rows)(rows, factors, _plain(bias.detach().float())).reshape(accumulator.shape)
 
 
 def mantissa_dtype(bits: int) -> torch.dtype:
@@ -168,6 +168,11 @@ def mantissa_dtype(bits: int) -> torch.dtype:
 
 def _fuses(x: Tensor) -> bool:
     return fused_kernels_active() and min(x.shape) > 1  # sizes 0 and 1 would be compiled anew, for nothing
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Contiguous, and as ``.data`` no view of another: else each kind of view would be compiled anew, up to a limit."""
+    return x.contiguous().data
 
 
 def _kernel(function: Callable[..., Tensor], x: Tensor) -> Callable[..., Tensor]:
