@@ -7,12 +7,15 @@ from quantsim.formats.onnx import OnnxError
 from quantsim.graph.place import Placement, place
 from quantsim.graph.proof import TraceError
 from quantsim.graph.trace import trace
+from quantsim.integer_training import IntegerTraining
 from quantsim.lowered import LoweredModel
+from quantsim.numerics.fixed_point import FixedPointError
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State
 from quantsim.report.analysis import ReportError
 from quantsim.report.parity import Parity, compare_lowered
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.insert_quantizers import insert_quantizers
+from quantsim.rewrites.integer_training import IntegerConfig
 from quantsim.rewrites.lower_int8 import LoweringError, lower_int8
 from quantsim.sim import QuantSim
 
@@ -24,6 +27,9 @@ __all__ = [
     "ConfigError",
     "EncodingsError",
     "FakeQuantizer",
+    "FixedPointError",
+    "IntegerConfig",
+    "IntegerTraining",
     "LoweredModel",
     "LoweringError",
     "OnnxError",

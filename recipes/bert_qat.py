@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def follow(run: Run) -> Card | None:
     """Every stage in turn; the card of the bundle that was written, if the stages go so far."""
-    model, key = fine_tune(run)
+    model, _, key = fine_tune(run)
     teacher = merged(model)
     if run.args.stage == "fp32":
         run.measure("fp32", teacher)
@@ -125,6 +125,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument(
         "--stage", choices=("fp32", "qat", "all"), default="all", help="fine-tune only; quantize only what is fine-tuned; both"
     )
+    add_flags(parser)
+    args, rest = parser.parse_known_args(arguments)
+    return read_recipe(args.recipe, overrides(rest)), args
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every program that follows a recipe."""
     parser.add_argument("--folds", type=int, default=5, help="into how many folds --fold cuts the training rows")
     parser.add_argument("--fold", type=int, help="evaluate on this fold of the training rows and train on the others (to choose settings)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
@@ -135,8 +142,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument("--eval_steps", type=int, help="steps between evaluations during training; default none before the end")
     parser.add_argument("--save_steps", type=int, help="steps between checkpoints; default once an epoch")
     parser.add_argument("--offline", action="store_true", help="never ask the Hub")
-    args, rest = parser.parse_known_args(arguments)
-    return read_recipe(args.recipe, overrides(rest)), args
 
 
 def overrides(rest: Sequence[str]) -> dict[str, str]:

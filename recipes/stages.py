@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 from transformers import PreTrainedModel
 
 from recipes.base_model import base_model_folder, base_weights_sha256, load_base, set_dropouts
@@ -13,8 +18,29 @@ from recipes.run import Encoded, Run, key_of
 from recipes.tasks import RecipeError, Task, find_task
 
 
-def fine_tune(run: Run) -> tuple[PreTrainedModel, str]:
-    """The FP32 model after the intermediate tasks and the task itself, and the key of how it came to be."""
+@dataclass(frozen=True)
+class Rewrite:
+    """Another form of the model, with the same parameters, through which the task itself is trained.
+
+    Attributes:
+        settings: all that decides what it computes, as plain values.
+        apply: model → its other form.
+    """
+
+    settings: Mapping[str, Any]
+    apply: Callable[[PreTrainedModel], nn.Module]
+
+
+def fine_tune(run: Run, rewrite: Rewrite | None = None, **changes: Any) -> tuple[PreTrainedModel, nn.Module, str]:
+    """Train on the intermediate tasks and on the task itself.
+
+    Args:
+        rewrite: what the task itself is trained through; the intermediate tasks are trained as the model is.
+        changes: of the last stage's ``recipes.training.Job``.
+
+    Returns:
+        the FP32 model, what was trained last (the model, or its other form), and the key of how they came to be.
+    """
     recipe = run.recipe
     key = key_of("", recipe.seed, recipe.max_length, recipe.method, recipe.rank, base_weights_sha256(base_model_folder(recipe.base_model)))
     stages: list[tuple[str, Task, Training, Encoded, int]] = [
@@ -22,13 +48,18 @@ def fine_tune(run: Run) -> tuple[PreTrainedModel, str]:
     ]
     stages.append(("finetune", run.task, recipe.finetune, run.encoded(run.task, run.train_rows), run.task.num_labels))
     model = start(recipe, run.task, stages[0][4])
+    trained: nn.Module = model
     for name, task, settings, rows, labels in stages:
+        last = name == stages[-1][0]
         if labels != model.config.num_labels:
             model = with_new_head(recipe, run.task, model, labels)
         set_dropouts(model, settings.hidden_dropout, settings.attention_dropout)
+        if last and rewrite:
+            key = key_of(key, rewrite.settings)
         key = run.stage_key(key, name, settings, rows)
-        run.stage(name, key, model, rows, settings, task=task, trained_before=run.args.stage == "qat")
-    return model, key
+        trained = rewrite.apply(model) if last and rewrite else model
+        run.stage(name, key, trained, rows, settings, task=task, trained_before=run.args.stage == "qat", **changes if last else {})
+    return model, trained, key
 
 
 def start(recipe: Recipe, task: Task, num_labels: int) -> PreTrainedModel:

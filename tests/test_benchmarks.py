@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(float(row["milliseconds"]) > 0 for row in rows)
     assert "| ours deploy lowered |" in (tmp_path / "engines.md").read_text()
     assert (tmp_path / "engines.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_integer_training_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import integer_training
+
+    output = tmp_path / "figures.json"
+    flags = ["--rounds", "1", "--rows", "2", "--length", "8", "--threads", "1", "--no-fused", "--models", "MiniLM shape (6x384)"]
+    monkeypatch.setattr("sys.argv", ["integer_training.py", *flags, "--output", str(output)])
+    integer_training.main()
+    found = json.loads(output.read_text())["results"]
+    assert [row["step"] for row in found] == ["FP32", "bf16 autocast", "integers, 8 bits", "integers, 16 bits"]
+    assert all(row["ms"] > 0 for row in found)

@@ -23,6 +23,7 @@ LEVELS = {
     "formats": 4,
     "report": 5,
     "lowered": 6,
+    "integer_training": 6,
     "sim": 7,
     "__init__": 8,
 }

@@ -62,7 +62,7 @@ def placement_table(placements: Iterable[Placement]) -> str:
 
 
 def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
-    in_weights = _weight_chains(roles)
+    in_weights = weight_chains(roles)
     for node in roles.nodes:
         op = roles.op[node]
         if node.op == "placeholder" and is_float(node):
@@ -87,7 +87,7 @@ def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
             yield Placement(node, "output", roles.name[node], op, "activation", spec, reason, roles.role.get(node))
 
 
-def _weight_chains(roles: Roles) -> set[fx.Node]:
+def weight_chains(roles: Roles) -> set[fx.Node]:
     """Nodes that compute a weight or a bias from parameters (``torch.nn.utils.parametrize``)."""
     chain: set[fx.Node] = set()
     todo = [found[1] for node in roles.nodes if (found := roles.weight_of(node))]

@@ -49,7 +49,7 @@ def _can_compile() -> bool:
     one = torch.ones(2)
     try:
         with torch.no_grad():
-            _compiled(_forward)(one, one[0].data, one[0].data, one[0].data)
+            compiled_kernel(_forward)(one, one[0].data, one[0].data, one[0].data)
     except Exception as error:  # no compiler, no headers, a read-only cache folder: each fails in its own way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warnings.warn(f"fake quantizers run unfused: torch.compile fails here ({reason}). A C++ compiler (g++) is needed", stacklevel=4)
@@ -72,13 +72,13 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(x, scale, low, high)
         ctx.axis = params.axis
         rows = _rows(x, params.axis)
-        return _unrow(_compiled(_forward)(rows, *_columns(rows, scale, low, high)), x, params.axis)
+        return _unrow(compiled_kernel(_forward)(rows, *_columns(rows, scale, low, high)), x, params.axis)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         x, scale, low, high = ctx.saved_tensors
         rows = _rows(x, ctx.axis)
-        grad, grad_scale, outside = _compiled(_backward)(_rows(g, ctx.axis), rows, *_columns(rows, scale, low, high))
+        grad, grad_scale, outside = compiled_kernel(_backward)(_rows(g, ctx.axis), rows, *_columns(rows, scale, low, high))
         return _unrow(grad, x, ctx.axis), grad_scale, -scale * outside, None
 
 
@@ -96,7 +96,7 @@ def _backward(g: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) ->
 
 
 @cache
-def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_kernel(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(kernel, dynamic=True)
 
 

@@ -115,7 +115,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no g++ anywhere\nmore lines")
 
     fused._can_compile.cache_clear()
-    monkeypatch.setattr(fused, "_compiled", no_compiler)
+    monkeypatch.setattr(fused, "compiled_kernel", no_compiler)
     message = r"fails here \(no g\+\+ anywhere\)\. A C\+\+ compiler"
     with pytest.warns(UserWarning, match=message), fused_kernels() as works:  # noqa: PT031
         assert not works

@@ -1,0 +1,111 @@
+"""Exact products of integer matrices of 4 to 16 bits, on the fastest kernels that are exact.
+
+**Up to 8 bits**: ``int8 × int8`` accumulated in 32 bits (``torch._int_mm``: oneDNN). A sum over ``K`` terms is at most
+``2**14 * K``, below ``2**31`` for ``K < 131072``.
+
+**9 to 16 bits**: a mantissa ``m`` is cut into int8 digits, ``m = 256 * high + low + offset``, and digits are multiplied as above.
+
+- Up to 15 bits: ``high = (m + 128) >> 8``, ``low = m - 256 * high``, ``offset = 0``; ``|high| <= 64``, ``-128 <= low <= 127``.
+- 16 bits: digits that are rounded reach ``high = 128``, which is no int8; so ``high = m >> 8`` in ``[-128, 127]``,
+  ``low = (m & 255) - 128`` in ``[-128, 127]`` and ``offset = 128``. With ``a = a' + offset_a`` and ``b = b' + offset_b``::
+
+      sum a * b = sum a' * b' + offset_b * sum a' + offset_a * sum b' + K * offset_a * offset_b
+
+Each product of digits is an exact int32. They are put together as ``sum 256**(i+j) * P_ij``: in int32 where the sum of all magnitudes,
+at most ``K * (2**(a-1) + 256) * (2**(b-1) + 256)``, is below ``2**31`` (10 bits up to ``K = 3640``), else in float64, which is
+exact as long as it is below ``2**53``: at 16 × 16 bits ``K * 2**30.03``, so for every ``K <= 2**22``. That is where products stop.
+
+**Where there is no such kernel** (batches of matrices, other devices, CPUs whose int8 kernels saturate, ``K >= 131072``) the product is
+one of float32 where every partial sum is below ``2**24``, else of float64: integers below these bounds are exact in them, in any order.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quantsim.numerics.fixed_point import FixedPoint, FixedPointError, from_accumulator, limit_of
+
+LARGEST_K = 2**22
+INT8_KERNEL_K = 2**17
+
+
+def multiply(a: FixedPoint, b: FixedPoint, bias: Tensor | None = None) -> Tensor:
+    """``a @ b + bias`` in float32: mantissas multiplied exactly, exponents added, the accumulators mapped back.
+
+    Args:
+        a: ``[*, n, k]``.
+        b: ``[*, k, m]``.
+        bias: ``[m]``.
+    """
+    return from_accumulator(integer_matmul(a.mantissa, b.mantissa, a.bits, b.bits), a.exponent + b.exponent, bias)
+
+
+def integer_matmul(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:
+    """``a @ b``, exact: int32, float32 or float64 that holds integers.
+
+    Args:
+        a: ``[*, n, k]``, int8 or int16, ``|a| < 2**(a_bits-1)``; any strides.
+        b: ``[*, k, m]``, the same.
+        a_bits, b_bits: 4 to 16.
+
+    Raises:
+        FixedPointError: more than ``2**22`` terms a sum.
+
+    >>> integer_matmul(torch.tensor([[32767, -32767]], dtype=torch.int16), torch.tensor([[127], [-127]], dtype=torch.int8), 16, 8)
+    tensor([[8322818.]], dtype=torch.float64)
+    """
+    k = a.shape[-1]
+    if k > LARGEST_K:
+        raise FixedPointError(f"a product over {k} terms; expected {LARGEST_K} or fewer (cut the batch)")
+    largest = k * limit_of(a_bits) * limit_of(b_bits)
+    if a.ndim > 2 or b.ndim > 2 or k >= INT8_KERNEL_K or a.device.type != "cpu" or not int8_kernel_is_exact():
+        dtype = torch.float32 if largest < 2**24 and a.device.type == "cpu" else torch.float64  # a GPU's float32 may be TF32
+        return a.to(dtype) @ b.to(dtype)
+    if a_bits <= 8 and b_bits <= 8:
+        return torch._int_mm(a, b)
+    return _by_digits(a, b, a_bits, b_bits)
+
+
+@cache
+def int8_kernel_is_exact() -> bool:
+    """``torch._int_mm`` gives the largest sums here. Tried, not looked up: x86 kernels without VNNI saturate in 16 bits in silence."""
+    low, high = (torch.full((64, 64), value, dtype=torch.int8) for value in (-128, 127))
+    try:
+        sums = [float(torch._int_mm(x, y)[0, 0]) for x, y in ((low, low), (low, high), (high, high))]
+    except RuntimeError:  # a build without the kernel
+        return False
+    return sums == [64.0 * 128 * 128, -64.0 * 128 * 127, 64.0 * 127 * 127]
+
+
+def _by_digits(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:
+    """Digits multiplied pair by pair and put together; see the module's docstring."""
+    (a_digits, a_offset), (b_digits, b_offset) = digits(a, a_bits), digits(b, b_bits)
+    k = a.shape[-1]
+    fits = k * (2 ** (a_bits - 1) + 256) * (2 ** (b_bits - 1) + 256) < 2**31
+    dtype = torch.int32 if fits else torch.float64
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=dtype)
+    for i, a_digit in enumerate(a_digits):
+        for j, b_digit in enumerate(b_digits):
+            total.add_(torch._int_mm(a_digit, b_digit), alpha=256 ** (i + j))
+    if b_offset:  # sum a' = sum a - k * offset_a
+        total += b_offset * (a.sum(1, keepdim=True, dtype=torch.int64) - k * a_offset).to(dtype)
+    if a_offset:
+        total += a_offset * (b.sum(0, keepdim=True, dtype=torch.int64) - k * b_offset).to(dtype)
+    return total + k * a_offset * b_offset if a_offset and b_offset else total
+
+
+def digits(m: Tensor, bits: int) -> tuple[tuple[Tensor, ...], int]:
+    """The int8 digits of mantissas, the lowest first, and the offset: ``m = sum 256**i * digit_i + offset``.
+
+    >>> digits(torch.tensor([-300, 127, 128], dtype=torch.int16), 10)
+    ((tensor([ -44,  127, -128], dtype=torch.int8), tensor([-1,  0,  1], dtype=torch.int8)), 0)
+    """
+    if bits <= 8:
+        return (m,), 0
+    if bits == 16:
+        return (((m & 255) - 128).to(torch.int8), (m >> 8).to(torch.int8)), 128
+    high = (m + 128) >> 8
+    return ((m - (high << 8)).to(torch.int8), high.to(torch.int8)), 0

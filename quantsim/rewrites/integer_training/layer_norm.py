@@ -1,0 +1,122 @@
+"""LayerNorm, forward and backward in integers.
+
+**Forward.** A row of ``N`` values is mapped to ``x_i = m_i * 2**e``. Mean and variance need no division as long as they are kept
+``N`` and ``N²`` times as large::
+
+    S = sum m_i            Q = sum m_i²           exact, int64
+    c_i = N m_i - S        = N (m_i - mean)       exact
+    V = N Q - S²           = N² var(m)            exact; below 2**62 for N <= 65536 and 16 bits
+    r = 1 / sqrt(V + N² eps 2**(-2e))             one number a row, float64, rounded to float32
+    y_i = (c_i gamma_i) r + beta_i
+
+``c_i r = (x_i - mean) / sqrt(var + eps)``, for the exponent cancels from everything but ``eps``. ``gamma`` is mapped as a weight,
+``beta`` is added in float32 as a bias is.
+
+**Backward.** With ``G`` mapped, ``h_i = g_i gamma_i`` and the normalized ``n_i = c_i r``::
+
+    A = sum h_i            P = sum h_i m_i        exact, int64
+    B = N P - S A          = sum h_i c_i          float64
+    dx_i = rho (h_i - A / N - c_i r² B / N),      rho = 1 / sqrt(var + eps) = N r 2**-e
+    dgamma_i = sum over rows of (g_i c_i) r       float32: every row has its own r
+    dbeta_i  = sum over rows of g_i               exact
+
+**Error.** Against float64 on the same mapped values (``x_hat, gamma_hat, g_hat``), with ``u = 2**-24``: integers become float32 once,
+after every difference that could cancel but those of ``dx``, and four more operations round::
+
+    |y - y64|   <= 6 u |y64 - beta| + u |y64|
+    |dx - dx64| <= 8 u rho (|h_i| + mean|h| + |n_i| mean|h n|)
+
+What mapping itself does to ``y`` is in first order ``gamma (1 + |n_i|) step / sqrt(var + eps)`` and ``|n_i| step_gamma``.
+
+Deviation from an all-integer LayerNorm: the root is taken in float64, and the row's ``r`` multiplies in float32: it stands where the
+inverse mapping of other ops has a power of two. A row of equal values gives ``y = beta``; with ``eps = 0`` too (float gives NaN).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quantsim.numerics.fixed_point import FixedPoint, FixedPointError
+from quantsim.rewrites.integer_training.op import Mapper, keep, kept
+from quantsim.rewrites.integer_training.products import sum_rows
+
+WIDEST = 65536
+
+
+def layer_norm(
+    mapper: Mapper, x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Normalize over the last ``len(shape)`` axes; weight and bias have that shape.
+
+    Raises:
+        FixedPointError: more than 65536 values a row.
+    """
+    if math.prod(shape) > WIDEST:
+        raise FixedPointError(f"{mapper.name}: rows of {math.prod(shape)} values; integer LayerNorm takes up to {WIDEST}")
+    return _LayerNorm.apply(mapper, x, tuple(shape), weight, bias, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mapper: Mapper, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        width = math.prod(shape)
+        q = mapper.map(x.reshape(-1, width), "activation")  # [n, N]
+        gamma = _ones(width, x) if weight is None else mapper.map(weight.reshape(-1), "weight")
+        total, r = row_statistics(q, eps)
+        keep(ctx, q, gamma, also=(total, r))
+        ctx.mapper, ctx.shape, ctx.parameter_shape = mapper, x.shape, shape
+        y = centred(q, total) * gamma.value() * r
+        return (y if bias is None else y + bias.reshape(-1)).reshape(x.shape).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, Tensor | None, Tensor | None, None]:
+        (q, gamma), (total, r) = kept(ctx)
+        assert total is not None
+        assert r is not None
+        g = ctx.mapper.map(grad.reshape(q.mantissa.shape), "gradient")
+        _, needs_x, _, needs_gamma, needs_beta, _ = ctx.needs_input_grad
+        c = centred(q, total)
+        dx = _input_gradient(g, q, gamma, c, total, r).reshape(ctx.shape) if needs_x else None
+        dgamma = (g.value() * c * r).sum(0).reshape(ctx.parameter_shape) if needs_gamma else None
+        dbeta = sum_rows(g).reshape(ctx.parameter_shape) if needs_beta else None
+        return None, dx, None, dgamma, dbeta, None
+
+
+def row_statistics(q: FixedPoint, eps: float) -> tuple[Tensor, Tensor]:
+    """``S`` (int64) and ``r`` (float32) of each row, ``[n, 1]``."""
+    m, width = q.mantissa, q.mantissa.shape[-1]
+    total = m.sum(-1, keepdim=True, dtype=torch.int64)
+    squares = m.to(torch.int32).square_().sum(-1, keepdim=True, dtype=torch.int64)
+    variance = (width * squares - total * total).double() + width * width * math.ldexp(eps, -2 * q.exponent)
+    return total, torch.where(variance > 0, variance.rsqrt(), 0.0).float()
+
+
+def centred(q: FixedPoint, total: Tensor) -> Tensor:
+    """``c = N m - S`` as float32, ``[n, N]``: subtracted as integers, then rounded to 24 bits."""
+    width = q.mantissa.shape[-1]
+    dtype = torch.int32 if width * 2**q.bits < 2**31 else torch.int64
+    return (q.mantissa.to(dtype) * width - total.to(dtype)).float()
+
+
+def _input_gradient(g: FixedPoint, q: FixedPoint, gamma: FixedPoint, c: Tensor, total: Tensor, r: Tensor) -> Tensor:
+    width = q.mantissa.shape[-1]
+    h = g.mantissa.to(torch.int32) * gamma.mantissa.to(torch.int32)  # below 2**30
+    a = h.sum(-1, keepdim=True, dtype=torch.int64)
+    p = (h.long() * q.mantissa).sum(-1, keepdim=True)  # below 2**45 N
+    b = width * p.double() - total.double() * a.double()
+    scale = math.ldexp(1.0, g.exponent + gamma.exponent - q.exponent)
+    rho = (width * scale * r.double()).float()
+    return rho * (h.float() - (a.double() / width).float() - c * (r.double().square() * b / width).float())
+
+
+def _ones(width: int, like: Tensor) -> FixedPoint:
+    return FixedPoint(torch.ones(width, dtype=torch.int8, device=like.device), 0, 8)

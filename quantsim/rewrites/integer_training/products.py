@@ -1,0 +1,98 @@
+"""Linear layers and products of activations, forward and backward in integers.
+
+With ``X, W, G`` mapped to integers (``quantsim.numerics.fixed_point``; ``G`` is the gradient of ``Y``)::
+
+    Y  = inverse(X_hat @ W_hat.T) + bias          [n, out]
+    dX = inverse(G_hat @ W_hat)                   [n, in]
+    dW = inverse(G_hat.T @ X_hat)                 [out, in]
+    db = inverse(sum over rows of G_hat)          [out]
+
+Products and sums are exact; ``inverse`` rounds once to float32, and the bias is added in float32. Backward reads the forward's
+integers. So an element of ``dX`` differs from that of float, for these ``X`` and ``W``, by at most (``u = 2**-24``, steps ``s_G`` and
+``s_W``, rounding less than a step)::
+
+    |dX - G @ W| <= sum_k (|G_k| s_W + |W_k| s_G + s_G s_W) + u |dX|
+
+and the same holds for ``Y`` (with ``s_X, s_W``) and ``dW`` (with ``s_G, s_X``). Where rounding is stochastic the operands of a product
+are rounded independently, so its expectation is that of float (but for values in the topmost step of a tensor, which are clamped).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quantsim.numerics.fixed_point import FixedPoint, from_accumulator
+from quantsim.numerics.integer_matmul import multiply
+from quantsim.rewrites.integer_training.op import Mapper, keep, kept
+
+
+def linear(mapper: Mapper, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``: x ``[*, in]``, weight ``[out, in]``, bias ``[out]``."""
+    return _Linear.apply(mapper, x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def addmm(mapper: Mapper, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight + bias``: x ``[n, in]``, weight ``[in, out]``."""
+    return linear(mapper, x, weight.t(), bias)
+
+
+def weight_on_the_right(mapper: Mapper, x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight``: x ``[*, in]``, weight ``[in, out]``."""
+    return linear(mapper, x, weight.t())
+
+
+def matmul(mapper: Mapper, a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of two activations ``[*, n, k]`` and ``[*, k, m]``; leading axes broadcast."""
+    return _Matmul.apply(mapper, a, b)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sum_rows(g: FixedPoint) -> Tensor:
+    """``[n, out] -> [out]``, exact until it is mapped back."""
+    return from_accumulator(g.mantissa.sum(0, dtype=torch.int64), g.exponent)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mapper: Mapper, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        q = mapper.map(x.reshape(-1, x.shape[-1]), "activation")  # [*, in] -> [n, in]
+        w = mapper.map(weight, "weight")
+        keep(ctx, q, w)
+        ctx.mapper, ctx.shape = mapper, x.shape
+        y = multiply(q, w.t(), bias)
+        return y.reshape(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
+        (x, w), _ = kept(ctx)
+        g = ctx.mapper.map(grad.reshape(-1, grad.shape[-1]), "gradient")  # [n, out]
+        _, needs_x, needs_w, needs_b = ctx.needs_input_grad
+        return (
+            None,
+            multiply(g, w).reshape(ctx.shape) if needs_x else None,
+            multiply(g.t(), x) if needs_w else None,
+            sum_rows(g) if needs_b else None,
+        )
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mapper: Mapper, a: Tensor, b: Tensor) -> Tensor:
+        qa, qb = mapper.map(a, "activation"), mapper.map(b, "activation", slot=1)
+        keep(ctx, qa, qb)
+        ctx.mapper = mapper
+        return multiply(qa, qb).to(a.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        (a, b), _ = kept(ctx)
+        g = ctx.mapper.map(grad, "gradient")  # [*, n, m]
+        _, needs_a, needs_b = ctx.needs_input_grad
+        grad_a = multiply(g, b.t()).sum_to_size(a.mantissa.shape) if needs_a else None
+        grad_b = multiply(a.t(), g).sum_to_size(b.mantissa.shape) if needs_b else None
+        return None, grad_a, grad_b
