@@ -7,12 +7,14 @@ from quantsim.formats.onnx import OnnxError
 from quantsim.graph.place import Placement, place
 from quantsim.graph.proof import TraceError
 from quantsim.graph.trace import trace
-from quantsim.lowered import LoweredModel
+from quantsim.lowered import IntegerModel, LoweredModel
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State
 from quantsim.report.analysis import ReportError
+from quantsim.report.integers import find_floats
 from quantsim.report.parity import Parity, compare_lowered
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.insert_quantizers import insert_quantizers
+from quantsim.rewrites.integer_only import IntegerError, integer_only
 from quantsim.rewrites.lower_int8 import LoweringError, lower_int8
 from quantsim.sim import QuantSim
 
@@ -24,6 +26,8 @@ __all__ = [
     "ConfigError",
     "EncodingsError",
     "FakeQuantizer",
+    "IntegerError",
+    "IntegerModel",
     "LoweredModel",
     "LoweringError",
     "OnnxError",
@@ -38,7 +42,9 @@ __all__ = [
     "TraceError",
     "clamp_mask",
     "compare_lowered",
+    "find_floats",
     "insert_quantizers",
+    "integer_only",
     "lower_int8",
     "place",
     "trace",

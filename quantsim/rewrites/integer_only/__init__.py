@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from quantsim.graph.roles import KEEPS_GRID, is_float, op_of, resolve
+from quantsim.graph.roles import is_float, op_of, resolve
 from quantsim.kernels.edges import COMPUTES
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 from quantsim.rewrites.integer_only.builder import Builder, unsupported
@@ -22,7 +22,6 @@ from quantsim.rewrites.integer_only.masks import is_mapped, mapped, of_ids
 from quantsim.rewrites.integer_only.rules import FORCED, RULES, supported
 from quantsim.rewrites.integer_only.tables import functions_to_tables
 from quantsim.rewrites.integer_only.values import Constant, IntegerError, Ints, Value
-from quantsim.rewrites.lower_int8.edges import quantizer_of
 
 __all__ = ["ForceDequant", "IntegerError", "integer_only"]
 
@@ -33,38 +32,42 @@ CREATES = frozenset({"zeros", "ones", "full", "scalar_tensor", "new_zeros", "new
 
 @dataclass(frozen=True)
 class Converted:
-    """The integer graph, and which of its edges has the values of which node of the simulation (by name)."""
+    """The integer graph, and which of its nodes hold the values of which node of the simulation (by name): edges, and outputs."""
 
     graph: fx.GraphModule
     edges: Mapping[str, Ints]
+    outputs: Mapping[str, fx.Node]
 
 
-def integer_only(graph: fx.GraphModule, force_dequant: ForceDequant = "none", *, kernel: bool = True) -> fx.GraphModule:
+def integer_only(
+    graph: fx.GraphModule, force_dequant: ForceDequant = "none", *, kernel: bool = True, names: Mapping[str, str] | None = None
+) -> fx.GraphModule:
     """A new graph for inference, on integers alone; the simulated one stays as it is.
 
     Args:
         graph: simulated and calibrated.
         force_dequant: compute these functions in floating point between integers: I-BERT's switch, to find what costs accuracy.
         kernel: products run on oneDNN's kernel; without, in 64-bit integers.
+        names: node's name → edge that it computes, for reports.
 
     Raises:
         IntegerError: a quantizer that is not calibrated, an edge without a scale, a floating-point input, an op that has no integer
             form, or values that 32 bits cannot hold.
     """
-    return convert(graph, force_dequant, kernel).graph
+    return convert(graph, force_dequant, kernel, names=names).graph
 
 
 @torch.no_grad()
-def convert(graph: fx.GraphModule, force_dequant: str, kernel: bool, tables: bool = True) -> Converted:
+def convert(
+    graph: fx.GraphModule, force_dequant: str, kernel: bool, tables: bool = True, names: Mapping[str, str] | None = None
+) -> Converted:
     """:func:`integer_only`, with what became of every edge."""
     if force_dequant not in FORCED:
         raise IntegerError(f"force_dequant: {force_dequant!r}; expected one of {', '.join(FORCED)}")
     b = Builder(graph, FORCED[force_dequant], kernel)
     for node in graph.graph.nodes:
-        first = len(b.graph.nodes)
+        b.computes = (names or {}).get(node.name, _edge(b, node))
         b.value[node] = _value(b, node)
-        for new in list(b.graph.nodes)[first:]:
-            new.meta.setdefault(COMPUTES, node.name)
     integers = fx.GraphModule(b.root, b.graph, f"Integer{type(graph).__name__}")
     if tables:
         functions_to_tables(integers)
@@ -72,7 +75,14 @@ def convert(graph: fx.GraphModule, force_dequant: str, kernel: bool, tables: boo
     integers.graph.lint()
     integers.recompile()
     alive = set(integers.graph.nodes)
-    return Converted(integers.eval(), {n.name: v for n, v in b.value.items() if isinstance(v, Ints) and v.node in alive})
+    edges = {n.name: v for n, v in b.value.items() if isinstance(v, Ints) and v.node in alive}
+    return Converted(integers.eval(), edges, {n.name: made for n, made in b.outputs.items()})
+
+
+def _edge(b: Builder, node: fx.Node) -> str:
+    """A quantizer computes the edge of its name."""
+    module = b.source.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module.name if isinstance(module, FakeQuantizer) else node.name
 
 
 def whole_numbers(x: Tensor | None, name: str) -> Tensor | None:
@@ -101,7 +111,11 @@ def _value(b: Builder, node: fx.Node) -> Value:
 def _finished(b: Builder, node: fx.Node, reader: fx.Node) -> fx.Node:
     """An output of the model, in floating point where the model's is."""
     value = b.value[node]
-    return value if isinstance(value, fx.Node) else b.dequantized(value, reader)
+    if isinstance(value, fx.Node):
+        return value
+    if node not in b.outputs:
+        b.outputs[node] = b.dequantized(value, reader)
+    return b.outputs[node]
 
 
 def _module(b: Builder, node: fx.Node) -> Value:
@@ -176,6 +190,3 @@ def _from_parameters(b: Builder, node: fx.Node) -> Value:
         raise unsupported(node, "computes no tensor from parameters")
     return Constant(result.detach())
 
-
-assert KEEPS_GRID <= set(RULES)
-assert quantizer_of

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantsim.graph.roles import resolve
-from quantsim.kernels.edges import from_integers, to_integers
+from quantsim.kernels.edges import COMPUTES, from_integers, to_integers
 from quantsim.numerics.dyadic import INT32_MAX, OverflowRisk, channel_rescale, dyadic, rescale, rescale_channels
 from quantsim.rewrites.integer_only.values import Channels, Choice, Constant, Floats, IntegerError, Ints, Value
-
-ROOM = "integers"
+from quantsim.rewrites.lower_int8.weights import ROOM
+from quantsim.rewrites.lower_int8.whole import put
 
 
 class Builder:
@@ -24,37 +24,37 @@ class Builder:
         source: the simulation's graph.
         value: what each of its nodes became.
         forced: ops that are computed in floating point.
+        outputs: node of the simulation that the model gives → its dequantized form.
         kernel: products run on oneDNN's kernel.
+        computes: the edge that is being converted, for reports.
     """
 
     def __init__(self, source: fx.GraphModule, forced: frozenset[str], kernel: bool) -> None:
         self.source, self.forced, self.kernel = source, forced, kernel
         self.graph, self.root = fx.Graph(), nn.Module()
         self.value: dict[fx.Node, Value] = {}
-        self._constants: dict[tuple[object, ...], fx.Node] = {}
+        self.outputs: dict[fx.Node, fx.Node] = {}
+        self.computes = ""
+        self._constants: dict[str, fx.Node] = {}
         self._count = 0
 
     # ---- nodes ----
 
     def emit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        return self.graph.call_function(function, args, kwargs)
+        node = self.graph.call_function(function, args, kwargs)
+        node.meta = {COMPUTES: self.computes}
+        return node
 
     def keep(self, x: Tensor, name: str | None = None) -> fx.Node:
         """A node that reads ``x``, kept as a buffer of the integer graph; a named one is kept once."""
-        if name is not None and ("keep", name) in self._constants:
-            return self._constants["keep", name]
-        path = f"{ROOM}.{name}" if name else f"{ROOM}.constant_{self._count}"
+        if name is not None and name in self._constants:
+            return self._constants[name]
+        path = f"{ROOM}.{name or f'constant_{self._count}'}"
         self._count += name is None
-        *parents, last = path.split(".")
-        module = self.root
-        for parent in parents:
-            if parent not in module._modules:
-                module.add_module(parent, nn.Module())
-            module = module._modules[parent]  # type: ignore[assignment]
-        module.register_buffer(last, x.detach())
+        put(self.root, path, x)
         node = self.graph.get_attr(path)
         if name is not None:
-            self._constants["keep", name] = node
+            self._constants[name] = node
         return node
 
     def copy(self, node: fx.Node) -> fx.Node:

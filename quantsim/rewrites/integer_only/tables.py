@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from quantsim.kernels.edges import COMPUTES, look_up
-from quantsim.numerics.dyadic import rescale
+from quantsim.numerics.dyadic import rescale, rescale_channels
 from quantsim.numerics.polynomial import i_gelu, i_tanh
+from quantsim.rewrites.lower_int8.weights import ROOM
+from quantsim.rewrites.lower_int8.whole import put
 
 aten = torch.ops.aten
 STEPS = frozenset({rescale, i_gelu, i_tanh, aten.to.dtype, aten.sub.Tensor, aten.neg.default, aten.clamp.default})
@@ -24,10 +26,7 @@ def functions_to_tables(graph: fx.GraphModule) -> None:
             continue
         source = chain[0].args[0]
         assert isinstance(source, fx.Node)
-        given = source.kwargs.get("dtype")
-        if source.target is not rescale and not _is_channels(source):
-            continue
-        given = given or source.args[-1]
+        given = {rescale: source.kwargs.get("dtype"), rescale_channels: source.args[-1]}.get(source.target)  # type: ignore[call-overload]
         if given not in EIGHT_BITS:
             continue
         least = EIGHT_BITS[given]  # type: ignore[index]
@@ -35,17 +34,13 @@ def functions_to_tables(graph: fx.GraphModule) -> None:
         for node in chain:
             assert callable(node.target)
             q = node.target(q, *node.args[1:], **node.kwargs)
-        path = f"table_{last.name}"
-        graph.register_buffer(path, q)
+        path = f"{ROOM}.tables.{last.name}"
+        put(graph, path, q)
         with graph.graph.inserting_before(last):
             new = graph.graph.call_function(look_up, (source, graph.graph.get_attr(path), least))
         new.meta = {COMPUTES: chain[-2].meta[COMPUTES]}
         last.replace_all_uses_with(new)
         graph.graph.erase_node(last)
-
-
-def _is_channels(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "rescale_channels"
 
 
 def _chain(last: fx.Node) -> list[fx.Node]:
