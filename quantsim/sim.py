@@ -292,9 +292,10 @@ class QuantSim:
 
     @contextmanager
     def integer_training(self, force_dequant: ForceDequant = "none") -> Iterator[None]:
-        """Inside the ``with`` block, ``sim.model`` gives what :meth:`integer_only` would give, bit for bit, with straight-through gradients.
+        """Inside the ``with`` block, ``sim.model`` gives what :meth:`integer_only` would, bit for bit, with straight-through gradients.
 
-        For integer-only fine-tuning (I-BERT's third stage). Weights and learning ranges are read anew at each forward; dropout does nothing.
+        For integer-only fine-tuning (I-BERT's third stage). Weights and learning ranges are read anew at each forward; dropout does
+        nothing.
         """
         forward = self.model.__dict__["forward"]
         kernel = not missing_for_int8(next(self.model.parameters()).device)

@@ -24,7 +24,8 @@ def int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     >>> int8_matmul(torch.full((1, 3), -128, dtype=torch.int8), torch.full((3, 1), -128, dtype=torch.int8), kernel=False)
     tensor([[49152]], dtype=torch.int32)
     """
-    return _int8_matmul(a, b, kernel)
+    product: Tensor = _int8_matmul(a, b, kernel)
+    return product
 
 
 @torch.library.custom_op("quantsim::int8_matmul", mutates_args=())
@@ -36,7 +37,7 @@ def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     if b.ndim == 2:
         rows = a.reshape(-1, a.shape[-1])
         return torch._int_mm(rows, b).reshape(*a.shape[:-1], b.shape[-1])
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
     right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
     out = torch.empty(len(left), a.shape[-2], b.shape[-1], dtype=torch.int32, device=a.device)
@@ -47,5 +48,5 @@ def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
 
 @_int8_matmul.register_fake
 def _(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
-    batch = a.shape[:-2] if b.ndim == 2 else torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = a.shape[:-2] if b.ndim == 2 else torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     return torch.empty(*batch, a.shape[-2], b.shape[-1], dtype=torch.int32, device=a.device)

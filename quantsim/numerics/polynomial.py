@@ -35,7 +35,8 @@ def i_erfc(q: Tensor) -> Tensor:
     Bits: ``u <= 2**14``, its square ``2**28``, after a shift of 13 ``2**15``, times ``ERFC_AT_0 < 2**15`` below ``2**30``.
     """
     u = 2**GELU_BITS - q.clamp(max=2**GELU_BITS)
-    return ((u * u >> (2 * GELU_BITS - ERF_BITS)) * ERFC_AT_0) >> ERF_BITS
+    out: Tensor = ((u * u >> (2 * GELU_BITS - ERF_BITS)) * ERFC_AT_0) >> ERF_BITS
+    return out
 
 
 def i_erf(q: Tensor) -> Tensor:
@@ -43,7 +44,8 @@ def i_erf(q: Tensor) -> Tensor:
 
     Bits: ``|q| < 2**31``; see :func:`i_erfc`. Error: below 0.1, the paper's polynomial (it is 0.096 at 0, where x is small in GELU).
     """
-    return q.sign() * (2**ERF_BITS - i_erfc(q.abs()))
+    out: Tensor = q.sign() * (2**ERF_BITS - i_erfc(q.abs()))
+    return out
 
 
 def i_gelu(q: Tensor) -> Tensor:
@@ -60,7 +62,8 @@ def i_gelu(q: Tensor) -> Tensor:
     tensor([ 0.0000, -0.1694,  0.0000,  0.8306, 49.9999])
     """
     m = q.abs().clamp(max=2**GELU_BITS)
-    return q.clamp(min=0) - ((m * i_erfc(m) + 2**ERF_BITS) >> (ERF_BITS + 1))
+    out: Tensor = q.clamp(min=0) - ((m * i_erfc(m) + 2**ERF_BITS) >> (ERF_BITS + 1))
+    return out
 
 
 # ---- exp, softmax, tanh ----
@@ -90,7 +93,9 @@ def i_exp(q: Tensor) -> Tensor:
     z = (-q) >> EXP_BITS
     p = _B - ((-q) & (2**EXP_BITS - 1))
     z = z.clamp(max=29)  # 17 bits shifted by 18 are 0 already
-    return ((p * p + _C >> (_EXP_SHIFT - 1)) + torch.bitwise_left_shift(torch.ones_like(z), z)) >> (z + 1)
+    half = torch.bitwise_left_shift(torch.ones_like(z), z)
+    out: Tensor = ((p * p + _C >> (_EXP_SHIFT - 1)) + half) >> (z + 1)
+    return out
 
 
 SOFTMAX_BITS = 15
@@ -115,7 +120,8 @@ def i_softmax(q: Tensor, least: int, multiplier: int, shift: int, wide: bool, di
     x = (q - q.amax(dim, keepdim=True)).clamp(min=least)
     e = i_exp(rescale(x, multiplier, shift, wide, -(31 << EXP_BITS), 0))
     r = ((2**31 - 2**15 - 1) // e.sum(dim, keepdim=True, dtype=torch.int64)).to(torch.int32)
-    return (e * r + 2**15) >> 16
+    out: Tensor = (e * r + 2**15) >> 16
+    return out
 
 
 TANH_SCALE = EXP_SCALE / 2
@@ -132,7 +138,8 @@ def i_tanh(q: Tensor) -> Tensor:
     Bits: ``|q| < 2**31``; ``(EXP_OF_0 - e) * 2**15 < 2**31``. Error: 0.002.
     """
     e = i_exp(-q.abs())
-    return q.sign() * (((EXP_OF_0 - e) << TANH_BITS) // (EXP_OF_0 + e))
+    out: Tensor = q.sign() * (((EXP_OF_0 - e) << TANH_BITS) // (EXP_OF_0 + e))
+    return out
 
 
 # ---- square root and LayerNorm ----
@@ -202,4 +209,4 @@ def i_normalize(q: Tensor, k: int, e: int) -> Tensor:
 
 def norm_scale(width: int) -> float:
     """The scale of what :func:`i_normalize` gives."""
-    return math.sqrt(width) / 2**NORM_BITS
+    return math.sqrt(width) / (1 << NORM_BITS)

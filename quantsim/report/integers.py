@@ -75,11 +75,11 @@ class _Walk(fx.Interpreter):
         return value
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down each operator that takes or gives floats."""
 
     def __init__(self, node: fx.Node, found: list[FloatUse]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.node, self.found = node, found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -100,11 +100,14 @@ def _value(b: Builder, node: fx.Node) -> Value:
         return b.emit(whole_numbers, given, node.name)
     if node.op == "get_attr":
         x = resolve(b.source, str(node.target))
-        return Constant(x.detach()) if isinstance(x, Tensor) and x.is_floating_point() else b.copy(node)
+        if not isinstance(x, Tensor):
+            raise unsupported(node, "a block that runs apart (torch.no_grad or autocast inside the model) has no integer form")
+        return Constant(x.detach()) if x.is_floating_point() else b.copy(node)
     if node.op == "call_module":
         return _module(b, node)
     if node.op == "output":
-        return b.graph.output(fx.map_arg(node.args[0], lambda n: _finished(b, n, node)))
+        made: fx.Node = b.graph.output(fx.map_arg(node.args[0], lambda n: _finished(b, n, node)))
+        return made
     return _function(b, node)
 
 
@@ -189,4 +192,3 @@ def _from_parameters(b: Builder, node: fx.Node) -> Value:
     if not isinstance(result, Tensor):
         raise unsupported(node, "computes no tensor from parameters")
     return Constant(result.detach())
-

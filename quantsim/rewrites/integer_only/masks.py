@@ -61,7 +61,7 @@ def is_mapped(b: Builder, node: fx.Node, op: str) -> bool:
     return op in ELEMENTWISE and fixed and sum(isinstance(v, Choice) for v in inputs) == 1
 
 
-def add_mask(b: Builder, node: fx.Node, x: Value, mask: Choice) -> Ints:
+def add_mask(b: Builder, node: fx.Node, x: Value, mask: Choice) -> Value:
     """``x + mask``."""
     low, high = sorted((mask.hit, mask.miss))
     if low >= MASK_FLOOR:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,7 +84,7 @@ def linear(b: Builder, node: fx.Node) -> Value:
     if not spec.symmetric or spec.bits > 8 or spec.axis not in (None, 0):
         raise unsupported(node, f"{quantizer.name} is {spec}; an integer product needs symmetric weights of 8 bits or fewer")
     params = quantizer.affine_params()
-    q = quantize(b.value[source].value, params).to(torch.int8)  # [out, in]
+    q = quantize(constant(b, node, WEIGHTS["linear"].index), params).to(torch.int8)  # [out, in]
     wide = q.double()
     scale = (params.scale.double() * x.scale).expand(len(q))
     bias = constant(b, node, 2).double() if len(node.args) > 2 and node.args[2] is not None else torch.zeros(len(q), dtype=torch.float64)

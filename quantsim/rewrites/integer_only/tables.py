@@ -20,17 +20,16 @@ EIGHT_BITS = {torch.int8: -128, torch.uint8: 0}
 def functions_to_tables(graph: fx.GraphModule) -> None:
     """A chain of elementwise ops with a polynomial in it, from 8 bits to 8 bits, becomes one look-up."""
     for last in list(graph.graph.find_nodes(op="call_function", target=rescale)):
-        dtype = last.kwargs.get("dtype")
         chain = _chain(last)
-        if dtype not in EIGHT_BITS or not any(node.target in FUNCTIONS for node in chain):
+        if _gives(last) not in EIGHT_BITS or not any(node.target in FUNCTIONS for node in chain):
             continue
         source = chain[0].args[0]
         assert isinstance(source, fx.Node)
-        given = {rescale: source.kwargs.get("dtype"), rescale_channels: source.args[-1]}.get(source.target)  # type: ignore[call-overload]
+        given = _gives(source)
         if given not in EIGHT_BITS:
             continue
-        least = EIGHT_BITS[given]  # type: ignore[index]
-        q: Tensor = torch.arange(least, least + 256).to(given)  # type: ignore[call-overload]
+        least = EIGHT_BITS[given]
+        q: Tensor = torch.arange(least, least + 256).to(given)
         for node in chain:
             assert callable(node.target)
             q = node.target(q, *node.args[1:], **node.kwargs)
@@ -43,6 +42,12 @@ def functions_to_tables(graph: fx.GraphModule) -> None:
         graph.graph.erase_node(last)
 
 
+def _gives(node: fx.Node) -> torch.dtype | None:
+    """The type of an edge that was rescaled."""
+    dtype = node.kwargs.get("dtype") if node.target is rescale else node.args[-1] if node.target is rescale_channels else None
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
 def _chain(last: fx.Node) -> list[fx.Node]:
     """The elementwise ops that end in ``last``, in order, each read by the next alone."""
     chain = [last]
@@ -50,6 +55,6 @@ def _chain(last: fx.Node) -> list[fx.Node]:
         before = chain[0].args[0]
         if not isinstance(before, fx.Node) or before.target not in STEPS or len(before.users) > 1:
             return chain
-        if before.target is rescale and before.kwargs.get("dtype") in EIGHT_BITS:
+        if _gives(before) in EIGHT_BITS:
             return chain
         chain.insert(0, before)
