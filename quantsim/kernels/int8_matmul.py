@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST_SUM = (2**31 - 1) // (255 * 128)
-"""So many products of a uint8 and an int8 fit into an int32, whatever they are: 65,793."""
+LARGEST_SUM, LARGEST_AFFINE_SUM = (2**31 - 1) // (255 * 128), (2**31 - 1) // (255 * 255)
+"""So many products of a uint8 and an int8 fit into an int32, whatever they are: 65,793, or 33,025 of two differences
+of uint8 numbers."""
 
 
 def int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
@@ -25,6 +26,28 @@ def int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     tensor([[49152]], dtype=torch.int32)
     """
     product: Tensor = _int8_matmul(a, b, kernel)
+    return product
+
+
+def affine_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, kernel: bool) -> Tensor:
+    """``(a - zero_a) @ (b - zero_b)`` in int32, exact, for int8 or uint8 on either side.
+
+    ``a @ b - zero_a * sum_k b - zero_b * sum_k (a - zero_a)``: 8-bit products, and a sum for each side whose zero point is not 0. A uint8
+    on the right is moved to int8 by 128.
+
+    Bits: the result is a sum of ``k`` products of at most ``255 * 255``, so ``k`` up to 33,025 (steps between may wrap around 32 bits,
+    and wrap back).
+
+    >>> affine_matmul(torch.tensor([[255, 3]], dtype=torch.uint8), torch.tensor([[200], [7]], dtype=torch.uint8), 5, 100, kernel=False)
+    tensor([[25186]], dtype=torch.int32)
+    """
+    if b.dtype == torch.uint8:
+        b, zero_b = (b.to(torch.int16) - 128).to(torch.int8), zero_b - 128
+    product = int8_matmul(a, b, kernel)
+    if zero_a:
+        product = product - zero_a * b.sum(-2, keepdim=True, dtype=torch.int32)
+    if zero_b:
+        product = product - zero_b * (a.to(torch.int32) - zero_a).sum(-1, keepdim=True, dtype=torch.int32)
     return product
 
 

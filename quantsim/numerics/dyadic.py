@@ -49,15 +49,15 @@ class Dyadic:
 def dyadic(ratio: float, bound: int, low: int = -INT32_MAX, high: int = INT32_MAX) -> Dyadic:
     """The dyadic number for ``ratio``, for integers with ``|q| <= bound``.
 
-    ``(f, e) = frexp(ratio)``, ``multiplier = round(f * 2**p)``, ``shift = p - e``. With ``b`` the bits of ``bound``, ``p = 30 - b``
-    where that is at least ``LEAST_BITS``: then ``|q| * multiplier <= 2**30``, the rounding term is at most ``2**30``, and the sum of
-    both is below ``2**31``. Else ``p = 31`` and the product (at most ``2**62``, with its rounding term below ``2**63``) takes 64 bits.
+    ``(f, e) = frexp(ratio)``, ``multiplier = round(f * 2**p)``, ``shift = p - e``, at least 0. With ``b`` the bits of ``bound``,
+    ``p = 30 - b`` where that is at least ``LEAST_BITS`` and ``bound * ratio < 2**30``: then ``|q| * multiplier <= 2**30``, the rounding
+    term is at most ``2**30`` (``shift <= 31``), and one of both is less. Else ``p = 31`` and the product (at most ``2**62``, its rounding
+    term at most ``2**61``) takes 64 bits.
 
-    Error: ``|out - q * ratio| <= 1/2 + |q * ratio| * 2**-p`` before clamping (for ``ratio`` below ``2**-31``, where 0 is the result,
-    ``1/2 + 2**-1``).
+    Error: ``|out - q * ratio| <= 1/2 + max(|q * ratio| * 2**-p, 2**-13)`` before clamping.
 
     Raises:
-        OverflowRisk: ``bound`` is above 32 bits, or the ratio is so large that ``bound * ratio`` overflows and nothing clamps it.
+        OverflowRisk: ``bound`` is above 32 bits, or ``bound * ratio`` above 62.
 
     >>> dyadic(0.1, 127)
     Dyadic(multiplier=6710886, shift=26, wide=False, low=-2147483647, high=2147483647)
@@ -66,14 +66,13 @@ def dyadic(ratio: float, bound: int, low: int = -INT32_MAX, high: int = INT32_MA
         raise OverflowRisk(f"ratio of scales is {ratio}; expected a finite number that is not negative")
     if not 0 <= bound <= INT32_MAX:
         raise OverflowRisk(f"integers up to {bound}; expected at most {INT32_MAX}, what 32 bits hold")
+    if bound * ratio >= 2**62:
+        raise OverflowRisk(f"integers up to {bound} times {ratio:.4g} need more than 64 bits")
     fraction, exponent = math.frexp(ratio)
     bits = 30 - bound.bit_length()
-    wide = bits < LEAST_BITS
-    bits = 31 if wide else bits
-    shift = min(bits - exponent, 62 if wide else 31)
-    if shift < 0:
-        raise OverflowRisk(f"integers up to {bound} times {ratio:.4g} need more than 32 bits")
-    return Dyadic(round(fraction * 2.0 ** (shift + exponent)), shift, wide, low, high)
+    wide = bits < LEAST_BITS or bound * ratio >= 2**30
+    shift = max(0, min((31 if wide else bits) - exponent, 62 if wide else 31))
+    return Dyadic(round(math.ldexp(fraction, shift + exponent)), shift, wide, low, high)
 
 
 def rescale(

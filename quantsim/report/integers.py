@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantsim.graph.roles import op_of
 from quantsim.kernels.edges import COMPUTES, from_integers, look_up
-from quantsim.kernels.int8_matmul import int8_matmul
+from quantsim.kernels.int8_matmul import affine_matmul, int8_matmul
 from quantsim.numerics.dyadic import rescale, rescale_channels
 from quantsim.numerics.polynomial import i_gelu, i_normalize, i_softmax, i_tanh
 from quantsim.report.lowering import stored_bytes
 
 WIDTHS = {
     int8_matmul: "8 × 8, summed in 32",
+    affine_matmul: "8 × 8, summed in 32, zero points in 32",
     rescale_channels: "64: int32 times a multiplier a channel",
     i_normalize: "64: a sum of squares",
     i_softmax: "32; the sum of a row in 64",

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantsim.graph.roles import is_float, op_of, resolve
-from quantsim.kernels.edges import COMPUTES
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 from quantsim.rewrites.integer_only.builder import Builder, unsupported
 from quantsim.rewrites.integer_only.masks import is_mapped, mapped, of_ids
 from quantsim.rewrites.integer_only.rules import FORCED, RULES, supported
 from quantsim.rewrites.integer_only.tables import functions_to_tables
 from quantsim.rewrites.integer_only.values import Constant, IntegerError, Ints, Value
+from quantsim.rewrites.lower_int8.edges import quantizer_of
 
 __all__ = ["ForceDequant", "IntegerError", "integer_only"]
 
@@ -75,14 +75,19 @@ def convert(
     integers.graph.lint()
     integers.recompile()
     alive = set(integers.graph.nodes)
-    edges = {n.name: v for n, v in b.value.items() if isinstance(v, Ints) and v.node in alive}
+    edges = {n.name: v for n, v in b.value.items() if isinstance(v, Ints) and v.node in alive and not _is_raw(b, n)}
     return Converted(integers.eval(), edges, {n.name: made for n, made in b.outputs.items()})
+
+
+def _is_raw(b: Builder, node: fx.Node) -> bool:
+    """Rows before their quantizer: in the integer graph they are looked up quantized."""
+    return any(isinstance(quantizer_of(user, b.source), WeightQuantizer) for user in node.users)
 
 
 def _edge(b: Builder, node: fx.Node) -> str:
     """A quantizer computes the edge of its name."""
-    module = b.source.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return module.name if isinstance(module, FakeQuantizer) else node.name
+    quantizer = quantizer_of(node, b.source)
+    return quantizer.name if quantizer is not None else node.name
 
 
 def whole_numbers(x: Tensor | None, name: str) -> Tensor | None:

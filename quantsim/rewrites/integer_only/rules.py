@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from quantsim.graph.roles import KEEPS_GRID, WEIGHTS, op_of
-from quantsim.kernels.int8_matmul import LARGEST_SUM, int8_matmul
+from quantsim.kernels.int8_matmul import LARGEST_AFFINE_SUM, LARGEST_SUM, affine_matmul, int8_matmul
 from quantsim.numerics.affine import quantize
 from quantsim.numerics.dyadic import INT32_MAX, dyadic
 from quantsim.numerics.polynomial import (
@@ -100,12 +100,17 @@ def linear(b: Builder, node: fx.Node) -> Value:
 def matmul(b: Builder, node: fx.Node) -> Value:
     """A product of two 8-bit edges, in int32."""
     left, right = eight_bits(b, node, 0), eight_bits(b, node, 1)
-    if left.zero_point or right.zero_point or right.dtype != torch.int8:
-        raise unsupported(node, "a product of two edges needs zero points of 0 (symmetric, or from 0 on the left); preset 'ibert' has them")
     length = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-    length = length if isinstance(length, int) else LARGEST_SUM
-    product = b.emit(int8_matmul, left.node, right.node, b.kernel)
-    return Ints(product, left.scale * right.scale, length * left.bound * right.bound)
+    plain = left.zero_point == right.zero_point == 0 and right.dtype == torch.int8
+    if not isinstance(length, int):  # the number of keys
+        length = LARGEST_SUM if plain else LARGEST_AFFINE_SUM
+    bound = length * left.bound * right.bound
+    if bound > INT32_MAX:
+        raise unsupported(node, f"a sum over {length} products may overflow 32 bits")
+    if plain:
+        return Ints(b.emit(int8_matmul, left.node, right.node, b.kernel), left.scale * right.scale, bound)
+    product = b.emit(affine_matmul, left.node, right.node, left.zero_point, right.zero_point, b.kernel)
+    return Ints(product, left.scale * right.scale, bound)
 
 
 # ---- nonlinear functions ----
