@@ -27,3 +27,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(float(row["milliseconds"]) > 0 for row in rows)
     assert "| ours deploy lowered |" in (tmp_path / "engines.md").read_text()
     assert (tmp_path / "engines.png").stat().st_size > 5000
+
+
+def test_integer_only_runs_every_contender() -> None:
+    from benchmarks.integer_only import FP32, contenders, interleaved, rows_of
+
+    times = interleaved(contenders("tiny", 2, 8, compiles=False), rounds=2)
+    assert list(times) == [FP32, "lower(), preset deploy", "integer only", "transformers ibert, quant_mode"]
+    assert rows_of(times)[0]["times as fast as FP32"] == 1.0

@@ -255,7 +255,7 @@ def test_a_missing_scale():
 def test_a_preset_that_leaves_attention_in_floating_point():
     sim = QuantSim(model_of("Bert"), "deploy")
     sim.compute_encodings([batch_of(seed=1)])
-    with pytest.raises(IntegerError, match="has no scale of 8 bits.*preset 'ibert'"):
+    with pytest.raises(IntegerError, match=r"has no scale of 8 bits.*preset 'ibert'"):
         sim.integer_only()
 
 
@@ -322,7 +322,7 @@ def test_a_model_of_floats():
     batch = {"features": torch.randn(4, 8)}
     sim = QuantSim(TakesFloats(BertConfig()).eval(), "ibert", batch)
     sim.compute_encodings([batch])
-    with pytest.raises(IntegerError, match="features.*a floating-point input; an integer graph begins at embedding look-ups"):
+    with pytest.raises(IntegerError, match=r"features.*a floating-point input; an integer graph begins at embedding look-ups"):
         sim.integer_only()
 
 
