@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 
 from quantsim.graph.roles import is_float, op_of, resolve
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.rewrites.integer_only.builder import Builder, unsupported
 from quantsim.rewrites.integer_only.masks import is_mapped, mapped, of_ids
 from quantsim.rewrites.integer_only.rules import FORCED, RULES, supported
 from quantsim.rewrites.integer_only.tables import functions_to_tables
 from quantsim.rewrites.integer_only.values import Constant, IntegerError, Ints, Value
-from quantsim.rewrites.lower_int8.edges import quantizer_of
 
 __all__ = ["ForceDequant", "IntegerError", "integer_only"]
 
@@ -108,7 +108,7 @@ def _value(b: Builder, node: fx.Node) -> Value:
         if not isinstance(x, Tensor):
             raise unsupported(node, "a block that runs apart (torch.no_grad or autocast inside the model) has no integer form")
         return Constant(x.detach()) if x.is_floating_point() else b.copy(node)
-    if node.op == "call_module":
+    if node.op == "call_module" and op_of(node, b.source) not in RULES:
         return _module(b, node)
     if node.op == "output":
         made: fx.Node = b.graph.output(fx.map_arg(node.args[0], lambda n: _finished(b, n, node)))

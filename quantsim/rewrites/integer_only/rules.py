@@ -30,10 +30,11 @@ from quantsim.numerics.polynomial import (
     norm_scale,
 )
 from quantsim.quantizers.fake_quantizer import WeightQuantizer
+from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.rewrites.integer_only.builder import Builder, unsupported
 from quantsim.rewrites.integer_only.masks import add_mask, fill_mask
 from quantsim.rewrites.integer_only.values import Channels, Choice, Constant, Floats, IntegerError, Ints, Value
-from quantsim.rewrites.lower_int8.edges import LISTS, quantizer_of
+from quantsim.rewrites.lower_int8.edges import LISTS
 
 aten = torch.ops.aten
 Rule = Callable[[Builder, fx.Node], Value]
@@ -58,7 +59,7 @@ def embedding(b: Builder, node: fx.Node) -> Value:
     """Rows of integers: int8 where the quantizer has one scale of 8 bits or fewer, else int32 with 16 bits."""
     weight, ids = constant(b, node, 0), b.plain(node.args[1], node)  # type: ignore[arg-type]
     reader = next(iter(node.users), None)
-    quantizer = quantizer_of(reader, b.source) if reader is not None else None
+    quantizer = quantizer_of(reader, b.source)
     if isinstance(quantizer, WeightQuantizer) and quantizer.spec.bits <= 8:
         params = quantizer.affine_params()
         q, dtype = quantize(weight, params), torch.int8 if params.quant_min < 0 else torch.uint8
@@ -77,7 +78,7 @@ def linear(b: Builder, node: fx.Node) -> Value:
     """``q_x @ q_w.T`` in int32; scales, zero point and bias follow at the next rescale."""
     x = eight_bits(b, node, 0)
     source = node.args[WEIGHTS["linear"].index]
-    quantizer = quantizer_of(source, b.source) if isinstance(source, fx.Node) else None
+    quantizer = quantizer_of(source, b.source)
     if not isinstance(quantizer, WeightQuantizer):
         raise unsupported(node, "its weight has no quantizer; integer products need one: symmetric, 8 bits or fewer")
     spec = quantizer.spec
