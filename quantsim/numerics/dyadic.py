@@ -87,9 +87,9 @@ def rescale(
     """
     y = q.to(torch.int64 if wide else torch.int32) * multiplier
     if shift:
-        y = (y + (1 << (shift - 1))) >> shift
-    y = y.clamp(low, high)
-    return (y + zero_point if zero_point else y).to(dtype)
+        y = y.add_(1 << (shift - 1)).bitwise_right_shift_(shift)
+    y = y.clamp_(low, high)
+    return (y.add_(zero_point) if zero_point else y).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -132,4 +132,4 @@ def rescale_channels(
 
     Bit budget: 64 bits, see :func:`channel_rescale`, which makes the numbers (``offset`` has the rounding term in it).
     """
-    return ((q.to(torch.int64) * multiplier + offset) >> shift).clamp(low, high).to(dtype)
+    return (q.to(torch.int64) * multiplier).add_(offset).bitwise_right_shift_(shift).clamp_(low, high).to(dtype)
