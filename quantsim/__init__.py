@@ -8,13 +8,15 @@ from quantsim.graph.place import Placement, place
 from quantsim.graph.proof import TraceError
 from quantsim.graph.trace import trace
 from quantsim.integer_training import IntegerTraining
-from quantsim.lowered import LoweredModel
+from quantsim.lowered import IntegerModel, LoweredModel
 from quantsim.numerics.fixed_point import FixedPointError
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State
 from quantsim.report.analysis import ReportError
+from quantsim.report.integers import find_floats
 from quantsim.report.parity import Parity, compare_lowered
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.insert_quantizers import insert_quantizers
+from quantsim.rewrites.integer_only import IntegerError, integer_only
 from quantsim.rewrites.integer_training import IntegerConfig
 from quantsim.rewrites.lower_int8 import LoweringError, lower_int8
 from quantsim.sim import QuantSim
@@ -29,6 +31,8 @@ __all__ = [
     "FakeQuantizer",
     "FixedPointError",
     "IntegerConfig",
+    "IntegerError",
+    "IntegerModel",
     "IntegerTraining",
     "LoweredModel",
     "LoweringError",
@@ -44,7 +48,9 @@ __all__ = [
     "TraceError",
     "clamp_mask",
     "compare_lowered",
+    "find_floats",
     "insert_quantizers",
+    "integer_only",
     "lower_int8",
     "place",
     "trace",

@@ -16,6 +16,7 @@ from quantsim.formats.checkpoint import plain_state, save_checkpoint
 from quantsim.graph.forward import GraphForward
 from quantsim.kernels.int8_linear import Int8Linear
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
+from quantsim.report.integers import integer_table
 from quantsim.report.lowering import lowering_table, stored_bytes
 from quantsim.rewrites.lower_int8 import LoweringError
 from quantsim.rewrites.lower_int8.weights import ROOM, ROWS
@@ -72,6 +73,20 @@ class LoweredModel:
     def __str__(self) -> str:
         note = f"\nproducts are computed in float32: {self.fallback}" if self.fallback else ""
         return lowering_table(self.graph) + note
+
+
+class IntegerModel(LoweredModel):
+    """What :meth:`QuantSim.integer_only` gives: a :class:`LoweredModel` whose every tensor between look-ups and outputs holds integers.
+
+    ``print(model)`` is a table: every op that computes, and which of them take 64 bits.
+    """
+
+    def __repr__(self) -> str:
+        return f"IntegerModel({type(self.model).__name__}, {self.config.name}: {self.bytes / 1e6:.1f} MB)"
+
+    def __str__(self) -> str:
+        note = f"\nproducts are computed in 64-bit integers: {self.fallback}" if self.fallback else ""
+        return integer_table(self.graph) + note
 
 
 def compiled(graph: fx.GraphModule, backend: str) -> Callable[..., Any]:

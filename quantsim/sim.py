@@ -23,7 +23,7 @@ from quantsim.graph.forward import GraphForward, run_on_graph
 from quantsim.graph.place import Placement, place
 from quantsim.graph.trace import trace
 from quantsim.kernels.cpu import missing_for_int8
-from quantsim.lowered import LoweredModel
+from quantsim.lowered import IntegerModel, LoweredModel
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State, WeightQuantizer
 from quantsim.quantizers.processes import on_every_process, world_size
 from quantsim.quantizers.range_estimators import Statistics
@@ -33,6 +33,8 @@ from quantsim.report.sensitivity import Metric
 from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.exact_products import exact_products
 from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers, weights_of
+from quantsim.rewrites.integer_only import ForceDequant, integer_only
+from quantsim.rewrites.integer_only.training import IntegerTraining
 from quantsim.rewrites.lower_int8 import lower_int8
 
 Batch = Mapping[str, Tensor]
@@ -267,6 +269,41 @@ class QuantSim:
             warnings.warn(f"lower(): products are computed in float32, no faster than the simulation: {fallback}", stacklevel=2)
         graph = lower_int8(self.graph, self.placements, packs=not fallback, exact=exact)
         return LoweredModel(self.model, graph, self.config, self.quantizers, fallback)
+
+    def integer_only(self, force_dequant: ForceDequant = "none") -> IntegerModel:
+        """The simulation on integers alone (I-BERT, for any encoder): every tensor between the embedding look-ups and the outputs.
+
+        Products are exact in int32; rescales are multiplications and shifts; GELU, tanh, softmax and LayerNorm are integer polynomials
+        and an integer square root (``quantsim.numerics.polynomial``); outputs are dequantized at the very end. Preset ``"ibert"``
+        places the quantizers that it needs: symmetric, 8 bits, on what linears and attention products read. The simulation stays as it is.
+
+        Args:
+            force_dequant: ``"gelu"``, ``"softmax"``, ``"layernorm"`` or ``"nonlinear"`` (all) computes these in floating point between
+                integers, to find what costs accuracy.
+
+        Raises:
+            IntegerError: a quantizer that is not calibrated, an edge without a scale of 8 bits, a floating-point input, or an op without an
+                integer form; the message names it.
+        """
+        fallback = missing_for_int8(next(self.model.parameters()).device)
+        names = {p.node.name: p.name for p in self.placements if p.role != "weight"}
+        graph = integer_only(self.graph, force_dequant, kernel=not fallback, names=names)
+        return IntegerModel(self.model, graph, self.config, self.quantizers, fallback)
+
+    @contextmanager
+    def integer_training(self, force_dequant: ForceDequant = "none") -> Iterator[None]:
+        """Inside the ``with`` block, ``sim.model`` gives what :meth:`integer_only` would, bit for bit, with straight-through gradients.
+
+        For integer-only fine-tuning (I-BERT's third stage). Weights and learning ranges are read anew at each forward; dropout does
+        nothing.
+        """
+        forward = self.model.__dict__["forward"]
+        kernel = not missing_for_int8(next(self.model.parameters()).device)
+        forward.graph = IntegerTraining(self.graph, force_dequant, kernel=kernel)
+        try:
+            yield
+        finally:
+            forward.graph = self.graph
 
     # ---- export ----
 

@@ -41,3 +41,11 @@ def test_the_integer_training_command(tmp_path: Path, monkeypatch: pytest.Monkey
     found = json.loads(output.read_text())["results"]
     assert [row["step"] for row in found] == ["FP32", "bf16 autocast", "integers, 8 bits", "integers, 16 bits"]
     assert all(row["ms"] > 0 for row in found)
+
+
+def test_integer_only_runs_every_contender() -> None:
+    from benchmarks.integer_only import FP32, contenders, interleaved, rows_of
+
+    times = interleaved(contenders("tiny", 2, 8, compiles=False), rounds=2)
+    assert list(times) == [FP32, "lower(), preset deploy", "integer only", "transformers ibert, quant_mode"]
+    assert rows_of(times)[0]["times as fast as FP32"] == 1.0

@@ -43,3 +43,15 @@ def test_simulated(preset: str, backend: str) -> None:
 def test_lowered(preset: str, backend: str) -> None:
     sim = tiny_sim(config=preset)
     once_for_all_shapes(sim.lower().compile(backend).model, sim, backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_integers_are_the_same_bits(backend: str) -> None:
+    sim = tiny_sim(config="ibert")
+    eager, compiled = sim.integer_only().model, sim.integer_only().compile(backend).model
+    with torch.no_grad():
+        for i, shape in enumerate(SHAPES):
+            batch = tiny_batch(*shape, seed=i)
+            expected = eager(**batch).logits
+            with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+                assert torch.equal(compiled(**batch).logits, expected)

@@ -1,0 +1,75 @@
+"""Products of integers that stay integers: int8 (or uint8) times int8, summed in int32, exact.
+
+``torch._int_mm`` is the kernel (oneDNN). It takes matrices; a batch of them is one call each, inside one operator, so that a compiler sees
+no loop. Where the kernel is missing or saturates, the same product is computed in 64-bit integers, slowly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST_SUM, LARGEST_AFFINE_SUM = (2**31 - 1) // (255 * 128), (2**31 - 1) // (255 * 255)
+"""So many products of a uint8 and an int8 fit into an int32, whatever they are: 65,793, or 33,025 of two differences
+of uint8 numbers."""
+
+
+def int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
+    """``a @ b``: ``[..., m, k]`` of int8 or uint8 and ``[..., k, n]`` of int8 (or ``[k, n]``) → int32 ``[..., m, n]``.
+
+    Bits: ``k * 255 * 128 < 2**31`` for ``k`` up to ``LARGEST_SUM``; above, it is refused.
+
+    Args:
+        kernel: run on oneDNN's kernel; else in plain 64-bit integers, for machines where that is not exact.
+
+    >>> int8_matmul(torch.full((1, 3), -128, dtype=torch.int8), torch.full((3, 1), -128, dtype=torch.int8), kernel=False)
+    tensor([[49152]], dtype=torch.int32)
+    """
+    product: Tensor = _int8_matmul(a, b, kernel)
+    return product
+
+
+def affine_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, kernel: bool) -> Tensor:
+    """``(a - zero_a) @ (b - zero_b)`` in int32, exact, for int8 or uint8 on either side.
+
+    ``a @ b - zero_a * sum_k b - zero_b * sum_k (a - zero_a)``: 8-bit products, and a sum for each side whose zero point is not 0. A uint8
+    on the right is moved to int8 by 128.
+
+    Bits: the result is a sum of ``k`` products of at most ``255 * 255``, so ``k`` up to 33,025 (steps between may wrap around 32 bits,
+    and wrap back).
+
+    >>> affine_matmul(torch.tensor([[255, 3]], dtype=torch.uint8), torch.tensor([[200], [7]], dtype=torch.uint8), 5, 100, kernel=False)
+    tensor([[25186]], dtype=torch.int32)
+    """
+    if b.dtype == torch.uint8:
+        b, zero_b = (b.to(torch.int16) - 128).to(torch.int8), zero_b - 128
+    product = int8_matmul(a, b, kernel)
+    if zero_a:
+        product = product - zero_a * b.sum(-2, keepdim=True, dtype=torch.int32)
+    if zero_b:
+        product = product - zero_b * (a.to(torch.int32) - zero_a).sum(-1, keepdim=True, dtype=torch.int32)
+    return product
+
+
+@torch.library.custom_op("quantsim::int8_matmul", mutates_args=())
+def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
+    if a.shape[-1] > LARGEST_SUM:
+        raise ValueError(f"a product over {a.shape[-1]} integers of 8 bits may overflow 32 bits; at most {LARGEST_SUM}")
+    if not kernel:
+        return (a.to(torch.int64) @ b.to(torch.int64)).to(torch.int32)
+    if b.ndim == 2:
+        rows = a.reshape(-1, a.shape[-1])
+        return torch._int_mm(rows, b).reshape(*a.shape[:-1], b.shape[-1])
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
+    left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
+    right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+    out = torch.empty(len(left), a.shape[-2], b.shape[-1], dtype=torch.int32, device=a.device)
+    for x, y, z in zip(left, right, out, strict=True):
+        torch._int_mm(x, y, out=z)
+    return out.reshape(*batch, *out.shape[-2:])
+
+
+@_int8_matmul.register_fake
+def _(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
+    batch = a.shape[:-2] if b.ndim == 2 else torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
+    return torch.empty(*batch, a.shape[-2], b.shape[-1], dtype=torch.int32, device=a.device)

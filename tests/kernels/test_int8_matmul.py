@@ -1,0 +1,70 @@
+"""Products of 8-bit integers against exact ones, at their largest sums, with any batch axes and zero points."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantsim.kernels import cpu
+from quantsim.kernels.int8_matmul import LARGEST_AFFINE_SUM, LARGEST_SUM, affine_matmul, int8_matmul
+
+KERNEL = not cpu.missing_for_int8()
+ENDS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
+
+
+def random(shape, dtype, seed=0):
+    low, high = ENDS[dtype]
+    return torch.randint(low, high + 1, shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kernel", [KERNEL, False], ids=["kernel", "64-bit"])
+@pytest.mark.parametrize("dtype", ENDS)
+@pytest.mark.parametrize(
+    "left, right", [((5, 7), (7, 3)), ((2, 3, 5, 7), (2, 3, 7, 4)), ((4, 1, 7), (7, 3)), ((3, 1, 2, 9), (5, 9, 2)), ((1, 1), (1, 1))]
+)
+def test_exact(kernel, dtype, left, right):
+    a, b = random(left, dtype), random(right, torch.int8, 1)
+    found = int8_matmul(a, b, kernel)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), a.long() @ b.long())
+
+
+@pytest.mark.parametrize("kernel", [KERNEL, False], ids=["kernel", "64-bit"])
+@pytest.mark.parametrize("a, b", [(255, -128), (255, 127), (-128, -128)])
+def test_the_largest_sums(kernel, a, b):
+    dtype = torch.uint8 if a > 127 else torch.int8
+    found = int8_matmul(torch.full((2, LARGEST_SUM), a, dtype=dtype), torch.full((LARGEST_SUM, 2), b, dtype=torch.int8), kernel)
+    assert found.unique().tolist() == [a * b * LARGEST_SUM]
+
+
+def test_a_sum_that_may_overflow_is_refused():
+    with pytest.raises(ValueError, match="65794 integers of 8 bits may overflow 32 bits; at most 65793"):
+        int8_matmul(torch.zeros(1, LARGEST_SUM + 1, dtype=torch.int8), torch.zeros(LARGEST_SUM + 1, 1, dtype=torch.int8), False)
+
+
+def test_transposed_and_sliced_operands():
+    a, b = random((2, 4, 3, 8), torch.int8).transpose(1, 2), random((2, 6, 8), torch.int8, 1).transpose(1, 2)[:, None]
+    assert torch.equal(int8_matmul(a, b, KERNEL).long(), a.long() @ b.long())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    left=st.sampled_from(list(ENDS)),
+    right=st.sampled_from(list(ENDS)),
+    za=st.integers(0, 255),
+    zb=st.integers(0, 255),
+    seed=st.integers(0, 99),
+)
+def test_zero_points(left, right, za, zb, seed):
+    za, zb = za + ENDS[left][0], zb + ENDS[right][0]
+    a, b = random((2, 3, 40), left, seed), random((2, 40, 5), right, seed + 1)
+    assert torch.equal(affine_matmul(a, b, za, zb, KERNEL).long(), (a.long() - za) @ (b.long() - zb))
+
+
+@pytest.mark.parametrize("a, b, za, zb", [(255, 255, 0, 0), (0, 255, 255, 0), (0, 0, 255, 255)])
+def test_the_largest_sums_of_differences(a, b, za, zb):
+    n = LARGEST_AFFINE_SUM
+    x, y = torch.full((1, n), a, dtype=torch.uint8), torch.full((n, 1), b, dtype=torch.uint8)
+    assert affine_matmul(x, y, za, zb, KERNEL).item() == (a - za) * (b - zb) * n
