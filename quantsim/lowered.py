@@ -118,7 +118,7 @@ def _shell(model: nn.Module, graph: fx.GraphModule) -> nn.Module:
     forward = model.__dict__["forward"]
     weightless = {id(p): nn.Parameter(torch.empty(0), requires_grad=False) for p in model.parameters()}
     weightless |= {id(b): torch.empty(0) for b in model.buffers()}  # type: ignore[misc]
-    weightless |= {id(forward): None}  # type: ignore[dict-item]
+    weightless |= {id(forward): None, id(getattr(model, "hf_quantizer", forward)): None}  # type: ignore[dict-item]
     shell = copy.deepcopy(model, weightless)
     shell._modules.clear()
     shell._parameters.clear()
@@ -132,6 +132,7 @@ def _shell(model: nn.Module, graph: fx.GraphModule) -> nn.Module:
     # transformers asks a model's first parameter for its dtype and device
     shell.register_parameter("no_weights", nn.Parameter(torch.empty(0, dtype=like.dtype, device=like.device)))
     shell.eval()
+    shell.is_quantized = False  # type: ignore[assignment]  # to transformers this means one to train, which Trainer.evaluate refuses
     shell.train = partial(_refuse_training, shell)  # type: ignore[method-assign]
     shell.save_pretrained = partial(_refuse_saving, type(model).__name__)  # type: ignore[assignment]
     shell.requires_grad_(False)

@@ -6,17 +6,22 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import AutoHfQuantizer  # type: ignore[attr-defined]
 from transformers.utils.generic import find_labels
 
 from quantsim.config import ConfigError, QuantConfig
 from quantsim.formats.aimet_config import is_aimet_config, read_aimet_config
 from quantsim.formats.aimet_encodings import LoadedEncodings, load_aimet_encodings, write_aimet_encodings
-from quantsim.formats.checkpoint import load_checkpoint, save_checkpoint
+from quantsim.formats.checkpoint import read_checkpoint, save_checkpoint
+from quantsim.formats.description import METHOD
+from quantsim.formats.model_card import model_card
 from quantsim.formats.onnx import export_onnx
 from quantsim.formats.onnx.edges import Bias
 from quantsim.graph.forward import GraphForward, run_on_graph
@@ -90,6 +95,17 @@ class QuantSim:
         insert_quantizers(self.graph, self.placements)
         exact_products(self.graph, self.model.training)
         run_on_graph(self.model, self.graph)
+        if isinstance(self.model, PreTrainedModel):  # what it should know of us stands in quantsim.hf, where it is registered
+            AutoHfQuantizer.from_config({"quant_method": METHOD, "config": self.config.to_dict()}).attach(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """An independent copy without another trace; of its model alone, ``copy.deepcopy(sim.model)`` makes one too."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.config, new.model, new.graph = self.config, copy.deepcopy(self.model, memo), copy.deepcopy(self.graph, memo)
+        nodes = {node.name: node for node in new.graph.graph.nodes}
+        new.placements = [replace(p, node=nodes[p.node.name]) for p in self.placements]
+        return new
 
     # ---- quantizers ----
 
@@ -341,16 +357,24 @@ class QuantSim:
 
     # ---- save and load ----
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights and ranges (``model.safetensors``), the model's ``config.json`` and ``quantsim.json``.
+    def save_pretrained(
+        self, folder: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Write weights and ranges (``model.safetensors``) and ``config.json``, all at once or nothing, in the layout of the Hub.
 
-        Weights that are computed (``torch.nn.utils.parametrize``) are written as their values.
+        :meth:`from_pretrained` reads them, and the Auto classes of ``transformers`` where quantsim is imported. Weights that are
+        computed (``torch.nn.utils.parametrize``) are written as their values.
+
+        Args:
+            tokenizer: is written beside, so that a ``pipeline`` finds it.
+            metrics: what was measured; with them a model card, ``README.md``, is written, with their table where there are some.
         """
-        save_checkpoint(folder, self.model, self.config, self.quantizers)
+        card = None if metrics is None else model_card(type(self.model).__name__, self.config, self.quantizers, metrics)
+        save_checkpoint(folder, self.model, self.config, self.quantizers, tokenizer=tokenizer, card=card)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> QuantSim:
-        """Read what :meth:`save_pretrained` wrote; nothing that is read is executed.
+        """Read what :meth:`save_pretrained` wrote, or ``save_pretrained`` of its model; nothing that is read is executed.
 
         Args:
             folder: the checkpoint's folder.
@@ -359,8 +383,8 @@ class QuantSim:
         Raises:
             CheckpointError: a file that is missing, broken, changed, or not what this model needs.
         """
-        checkpoint = load_checkpoint(folder, model)
-        sim = cls(checkpoint.model, checkpoint.config, in_place=True)
+        checkpoint = read_checkpoint(folder)
+        sim = cls(checkpoint.build(model), checkpoint.config, in_place=True)
         checkpoint.load_ranges(sim.quantizers)
         return sim
 

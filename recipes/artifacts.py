@@ -16,7 +16,7 @@ from model_zoo.fetch import fetch_card, fetch_files, place_of
 from model_zoo.format import BUNDLED, CARD
 from quantsim import CheckpointError, QuantSim
 from quantsim.config import near
-from quantsim.formats.checkpoint import MODEL_CONFIG, SIM, WEIGHTS, file_sha256, load_checkpoint
+from quantsim.formats.checkpoint import MODEL_CONFIG, WEIGHTS, file_sha256, is_checkpoint, read_checkpoint
 from recipes.base_model import base_model_folder
 from recipes.hub import hub_reachable
 from recipes.tasks import RecipeError, Task
@@ -88,9 +88,9 @@ def resolve(model_config: str, checkpoint: str | None, task: Task, base_model: s
     if folder.is_dir():
         if (folder / CARD).is_file():
             return from_card(_here(read_card(folder)), task, base_model)
-        if (folder / SIM).is_file():
+        if is_checkpoint(folder):
             return from_folder(folder, task)
-        raise RecipeError(f"--checkpoint {checkpoint}: holds neither {CARD} (a bundle) nor {SIM} (written by QuantSim.save_pretrained)")
+        raise RecipeError(f"--checkpoint {checkpoint}: holds neither {CARD} (a bundle) nor a checkpoint of QuantSim.save_pretrained")
     if checkpoint in names():
         return from_card(find(checkpoint), task, base_model)
     if place := place_of(checkpoint):
@@ -143,7 +143,7 @@ def from_folder(folder: Path, task: Task) -> Artifact:
     """A folder of ``QuantSim.save_pretrained``: its FP32 side is its own weights without any quantizer."""
     config = _model_config(folder)
     own_tokenizer = (folder / "tokenizer_config.json").is_file() or (folder / "vocab.txt").is_file()
-    hashes = {name: file_sha256(folder / name) for name in (WEIGHTS, MODEL_CONFIG, SIM) if (folder / name).is_file()}
+    hashes = {name: file_sha256(folder / name) for name in (WEIGHTS, MODEL_CONFIG) if (folder / name).is_file()}
     return Artifact(
         name=folder.resolve().name,
         base_model=f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide (from the checkpoint itself)",
@@ -157,7 +157,7 @@ def from_folder(folder: Path, task: Task) -> Artifact:
 
 
 def _weights(folder: Path) -> PreTrainedModel:
-    model = load_checkpoint(folder).model
+    model = read_checkpoint(folder).build()
     assert isinstance(model, PreTrainedModel)  # it was built from a class name of transformers
     return model
 

@@ -1,4 +1,4 @@
-"""Imports run downwards only: sim → lowered → report → rewrites, formats → quantizers → graph, kernels → numerics → config."""
+"""Imports run downwards only: hf → sim → lowered → report → rewrites, formats → quantizers → graph, kernels → numerics → config."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ LEVELS = {
     "lowered": 6,
     "integer_training": 6,
     "sim": 7,
-    "__init__": 8,
+    "hf": 8,
+    "__init__": 9,
 }
 PROGRAMS = {"cli": 98, "__main__": 99}  # above all; they use what is installed beside the library too: recipes and model_zoo
 LEVELS |= PROGRAMS

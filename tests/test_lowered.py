@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import json
+import pickle
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from quantsim import CheckpointError, LoweringError, QuantSim
 from quantsim.kernels import cpu
-from tests.formats.sealed import SIM, edit, edit_tensors
+from tests.formats.sealed import describe, description, edit_tensors
 from tests.tiny import LABELS, tensors_of, tiny_batch, tiny_sim
 
 
@@ -110,8 +110,13 @@ def test_ways_to_save_that_cannot_hold_it_are_refused(tmp_path):
     model = tiny_sim().lower().model
     with pytest.raises(LoweringError, match=r"call save_pretrained of what sim\.lower\(\) gave"):
         model.save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match=r"LoweredModel\.save_pretrained"):
-        torch.save(model, io.BytesIO())
+    for write in (torch.save, pickle.dump):
+        with pytest.raises(TypeError, match=r"can't be pickled.*save_pretrained"):
+            write(model, io.BytesIO())
+    with pytest.raises(TypeError, match=r"has no state_dict.*LoweredModel\.save_pretrained"):
+        torch.save(model.state_dict(), io.BytesIO())
+    with pytest.raises(TypeError, match=r"takes no state_dict: load it into the simulation"):
+        model.load_state_dict(tiny_sim().model.state_dict())
 
 
 def test_a_tied_weight_is_saved_once_as_integers(tmp_path):
@@ -144,8 +149,8 @@ def test_integers_that_are_not_the_quantizers_are_refused(tmp_path, make, messag
 
 def test_integers_along_an_axis_that_is_not_there_are_refused(tmp_path):
     tiny_sim().lower().save_pretrained(tmp_path)
-    quantizers = json.loads((tmp_path / SIM).read_text())["quantizers"]
-    quantizers["classifier.weight"]["spec"]["axis"] = 5
-    edit(tmp_path, SIM, quantizers=quantizers)
-    with pytest.raises(CheckpointError, match=r"classifier.weight.spec.axis is 5; classifier.weight has 2 axes"):
+    quantizers = description(tmp_path)["quantizers"]
+    quantizers["classifier.weight"]["axis"] = 5
+    describe(tmp_path, quantizers=quantizers)
+    with pytest.raises(CheckpointError, match=r"classifier.weight.axis is 5; classifier.weight has 2 axes"):
         QuantSim.from_pretrained(tmp_path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +29,8 @@ class GraphForward:
     def __init__(self, model: nn.Module, graph: fx.GraphModule) -> None:
         self.model = model
         self.graph = graph
+        self.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        self.rooms = tuple(name for name, _ in graph.named_children() if name not in dict(model.named_children()))
         self.losses: dict[tuple[str, ...], fx.GraphModule | None] = {}
         self.labels = tuple(find_labels(type(model)))  # type: ignore[no-untyped-call]
         self.inputs = tuple(str(node.target) for node in graph.graph.find_nodes(op="placeholder"))
@@ -49,7 +52,25 @@ class GraphForward:
             returns_dict = getattr(getattr(self.model, "config", None), "return_dict", True)
         return output if returns_dict or not isinstance(output, ModelOutput) else output.to_tuple()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self.model).__name__}: a model that runs on a traced graph can't be pickled; write it with save_pretrained and read "
+            "it with from_pretrained, or torch.save its state_dict"
+        )
+
     def _check(self, inputs: Mapping[str, Any]) -> None:
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), self.dtype)
+        if torch.promote_types(dtype, self.dtype) != dtype:
+            raise TypeError(
+                f"{type(self.model).__name__}: is in {dtype} now and was traced in {self.dtype}, which its graph still makes. Convert the "
+                f"model before: QuantSim(model.to({dtype})); or run this one under torch.autocast"
+            )
         for name in inputs:
             if name not in self.inputs:
                 raise TypeError(
@@ -74,10 +95,17 @@ class GraphForward:
 
 def run_on_graph(model: nn.Module, graph: fx.GraphModule) -> None:
     """Make ``graph`` the forward of ``model``, and the modules that only the graph has (quantizers, dropouts) the model's."""
-    for name, child in graph.named_children():
-        if name not in dict(model.named_children()):
-            model.add_module(name, child)
-    model.forward = GraphForward(model, graph)
+    forward = GraphForward(model, graph)
+    for name in forward.rooms:
+        model.add_module(name, graph.get_submodule(name))
+    model.forward = forward
+
+
+def run_on_itself(model: nn.Module) -> None:
+    """Undo :func:`run_on_graph`: the model computes by its own forward again, without the graph's modules."""
+    forward = model.__dict__.pop("forward")
+    for name in forward.rooms:
+        delattr(model, name)
 
 
 def trace_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> fx.GraphModule | None:

@@ -14,6 +14,7 @@ from quantsim.kernels.cpu import onednn
 from quantsim.kernels.edges import Grid
 
 PostOp = Literal["none", "relu", "gelu"]
+INSTEAD = "write it with LoweredModel.save_pretrained, or take the simulation's (sim.model)"
 
 EXACT_TERMS = 2**24 // (255 * 128)  # 514
 
@@ -142,7 +143,13 @@ class Int8Linear(nn.Module):
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a lowered model can't be pickled (torch.save): write it with LoweredModel.save_pretrained")
+        raise TypeError(f"a lowered model can't be pickled (torch.save): {INSTEAD}")
+
+    def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
+        raise TypeError(f"a lowered model has no state_dict, for its weights are packed for the kernels of this machine: {INSTEAD}")
+
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
+        raise TypeError("a lowered model takes no state_dict: load it into the simulation (sim.model) and lower that")
 
     def extra_repr(self) -> str:
         out = ", ".join(f"{out.width} × {'float32' if out.grid is None else out.grid.dtype}" for out in self.outputs)

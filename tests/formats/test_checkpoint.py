@@ -17,7 +17,7 @@ from transformers import BertForSequenceClassification
 from quantsim import QuantConfig, QuantSim, Rule, State
 from quantsim.formats import checkpoint
 from quantsim.formats.checkpoint import CheckpointError
-from tests.formats.sealed import FILES, MODEL, SIM, TENSORS
+from tests.formats.sealed import FILES, MODEL, TENSORS, description
 from tests.rewrites.test_insert_quantizers import LowRank
 from tests.tiny import tiny_batch, tiny_bert, tiny_config, tiny_sim
 
@@ -109,7 +109,7 @@ def test_a_class_of_ones_own_is_loaded_into_an_instance(tmp_path: Path) -> None:
     sim = QuantSim(OwnHead(tiny_config(num_hidden_layers=1)).eval())
     sim.compute_encodings([tiny_batch()])
     sim.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"quantsim\.json.*'OwnHead'.*model="):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*'OwnHead'.*model="):
         QuantSim.from_pretrained(tmp_path)
     loaded = QuantSim.from_pretrained(tmp_path, OwnHead(tiny_config(num_hidden_layers=1)))
     assert torch.equal(logits(loaded), logits(sim))
@@ -132,13 +132,15 @@ def test_the_folder_holds_these_files_and_no_pickle(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == sorted(FILES)
 
 
-def test_the_description_is_plain_json(tmp_path: Path) -> None:
+def test_header_and_config_say_what_it_is_in_plain_json(tmp_path: Path) -> None:
     sim = tiny_sim()
     sim.save_pretrained(tmp_path)
-    description = json.loads((tmp_path / SIM).read_text())
-    assert description["architecture"] == "BertForSequenceClassification"
-    assert description["quantizers"].keys() == sim.quantizers.keys()
-    assert QuantConfig.from_dict(description["config"]) == sim.config
+    header, values = description(tmp_path), json.loads((tmp_path / MODEL).read_text())
+    assert header["architecture"] == "BertForSequenceClassification"
+    assert header["quantizers"].keys() == sim.quantizers.keys()
+    assert values["architectures"] == ["BertForSequenceClassification"]
+    assert values["quantization_config"]["quant_method"] == "quantsim"
+    assert QuantConfig.from_dict(values["quantization_config"]["config"]) == sim.config
 
 
 def test_saving_over_a_checkpoint_replaces_it(tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_saving_over_a_checkpoint_replaces_it(tmp_path: Path) -> None:
 
 # ---- a save that fails ----
 
-STEPS = ["save_file", "_write_model_config", "file_sha256"]
+STEPS = ["save_file", "_write_text", "contents"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -201,8 +203,7 @@ def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
     config, before = sim.model.config.to_dict(), logits(sim)
     sim.save_pretrained(tmp_path)
     assert torch.equal(logits(sim), before)
-    assert {k: v for k, v in sim.model.config.to_dict().items() if k != "architectures"} == {
-        k: v for k, v in config.items() if k != "architectures"
-    }
+    noted = ("architectures", "dtype")
+    assert {k: v for k, v in sim.model.config.to_dict().items() if k not in noted} == {k: v for k, v in config.items() if k not in noted}
     assert isinstance(sim.model, nn.Module)
     assert json.loads((tmp_path / MODEL).read_text())["model_type"] == "bert"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantsim import CheckpointError, QuantSim
-from tests.formats.sealed import FILES, MODEL, SIM, TENSORS, edit, edit_tensors, reseal
+from tests.formats.sealed import FILES, MODEL, TENSORS, describe, description, edit, edit_tensors, write
 from tests.tiny import tiny_sim
 
 HEAD = "BertForTokenClassification"
@@ -47,7 +47,7 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", r"nowhere/quantsim\.json: missing")
+    refused(tmp_path / "nowhere", r"nowhere/config\.json: missing")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
@@ -66,7 +66,7 @@ def test_a_flipped_bit_anywhere(folder: Path, name: str) -> None:
     for place in [0, len(data) - 2, *draw.sample(range(len(data) - 1), 58)]:
         bit = 1 << draw.randrange(8)
         path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
-        if name == SIM and same_json(path.read_bytes(), data):
+        if name == MODEL and same_json(path.read_bytes(), data):
             continue  # white space
         refused(folder, rf"{name}: ")
 
@@ -79,10 +79,9 @@ def same_json(a: bytes, b: bytes) -> bool:
 
 
 def test_a_change_that_would_load_as_well(folder: Path) -> None:
-    """Another version, written by hand: nothing but the file's own hash can tell."""
-    path = folder / SIM
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"torch": "9.9"}}))
-    refused(folder, rf"{SIM}: .*own sha256")
+    """Another version, written by hand: nothing but the header's own hash can tell."""
+    write(folder, load_file(folder / TENSORS), description(folder) | {"versions": {"torch": "9.9"}})
+    refused(folder, rf"{TENSORS}: .*own sha256")
 
 
 @pytest.mark.parametrize("sealed", [False, True], ids=["hash as it was", "hash repaired"])
@@ -125,56 +124,68 @@ def test_a_tensor_too_many(folder: Path, key: str) -> None:
 
 @pytest.mark.parametrize("name", ["BertForEverything", "os", "PreTrainedModel", "", None, 3])
 def test_an_unknown_architecture(folder: Path, name: object) -> None:
-    edit(folder, SIM, architecture=name)
-    refused(folder, rf"{SIM}: architecture {name!r}")
+    describe(folder, architecture=name)
+    refused(folder, rf"{TENSORS}: .*architecture {name!r}")
 
 
 def test_an_architecture_of_another_family(folder: Path) -> None:
-    edit(folder, SIM, architecture="RobertaForTokenClassification")
+    describe(folder, architecture="RobertaForTokenClassification")
     refused(folder, "copy/")
 
 
 @pytest.mark.parametrize(("field", "value"), [("bits", 99), ("estimator", "best"), ("more", 1)])
 def test_a_config_that_means_nothing(folder: Path, field: str, value: object) -> None:
-    config = json.loads((folder / SIM).read_text())["config"]
-    config["activations"][field] = value
-    edit(folder, SIM, config=config)
-    refused(folder, rf"{SIM}: config: .*{field}")
+    quantization = json.loads((folder / MODEL).read_text())["quantization_config"]
+    quantization["config"]["activations"][field] = value
+    edit(folder, quantization_config=quantization)
+    refused(folder, rf"{MODEL}: quantization_config\.config: .*{field}")
 
 
-@pytest.mark.parametrize("change", [{"state": "bogus"}, {"spec": {"bits": 3}}, {"spec": None}], ids=repr)
-def test_a_quantizer_that_does_not_fit(folder: Path, change: dict[str, object]) -> None:
-    quantizers = json.loads((folder / SIM).read_text())["quantizers"]
-    quantizers["classifier.output"] |= change
-    edit(folder, SIM, quantizers=quantizers)
-    refused(folder, rf"{SIM}: quantizers\.classifier\.output\.{next(iter(change))}")
+@pytest.mark.parametrize("method", [None, "gptq", 3])
+def test_the_config_of_another_method(folder: Path, method: object) -> None:
+    edit(folder, quantization_config={"quant_method": method})
+    refused(folder, rf"{MODEL}: quantization_config\.quant_method is {method!r}; expected 'quantsim'")
+
+
+@pytest.mark.parametrize("spec", [{"bits": 3}, None, "x"], ids=repr)
+def test_a_quantizer_that_does_not_fit(folder: Path, spec: object) -> None:
+    describe(folder, quantizers=description(folder)["quantizers"] | {"classifier.output": spec})
+    refused(folder, rf"{TENSORS}: quantizers\.classifier\.output is")
+
+
+@pytest.mark.parametrize("code", [torch.tensor(9, dtype=torch.uint8), torch.tensor(2), torch.zeros(2, dtype=torch.uint8)], ids=repr)
+def test_a_state_that_there_is_not(folder: Path, code: torch.Tensor) -> None:
+    edit_tensors(folder, {"quantizers.classifier.output.state_code": code})
+    refused(folder, rf"{TENSORS}: quantizers\.classifier\.output\.state_code is")
 
 
 @pytest.mark.parametrize("value", [{}, [], "x"], ids=repr)
 def test_quantizers_that_are_not_those_of_the_model(folder: Path, value: object) -> None:
-    edit(folder, SIM, quantizers=value)
-    refused(folder, rf"{SIM}: quantizers")
+    describe(folder, quantizers=value)
+    refused(folder, rf"{TENSORS}: .*quantizers")
 
 
-@pytest.mark.parametrize("field", ["config", "tied", "sha256", "quantizers", "format"])
+@pytest.mark.parametrize("field", ["tied", "sha256", "quantizers", "format"])
 @pytest.mark.parametrize("value", [None, 3, [1]], ids=repr)
 def test_a_field_of_the_wrong_kind(folder: Path, field: str, value: object) -> None:
-    values = json.loads((folder / SIM).read_text()) | {field: value}
-    (folder / SIM).write_text(json.dumps(values))
-    if field != "sha256":
-        reseal(folder)
-    refused(folder, rf"{SIM}: .*{field}")
+    describe(folder, **{field: value})
+    refused(folder, rf"{TENSORS}: .*{field}")
 
 
 @pytest.mark.parametrize("text", ["3", "[]", "null", '"x"'])
 def test_a_description_that_is_no_object(folder: Path, text: str) -> None:
-    (folder / SIM).write_text(text)
-    refused(folder, rf"{SIM}: expected an object")
+    write(folder, load_file(folder / TENSORS), json.loads(text))
+    refused(folder, rf"{TENSORS}: quantsim: expected an object")
+
+
+def test_weights_of_another_program(folder: Path) -> None:
+    save_file(load_file(folder / TENSORS), folder / TENSORS, metadata={"format": "pt"})
+    refused(folder, rf"{TENSORS}: its header has \['format'\]; expected format and quantsim")
 
 
 @pytest.mark.parametrize("change", [{"model_type": "nonsense"}, {"model_type": None}, {"hidden_size": -1}, {"hidden_size": "16"}], ids=repr)
 def test_a_model_config_that_builds_nothing(folder: Path, change: dict[str, object]) -> None:
-    edit(folder, MODEL, **change)
+    edit(folder, **change)
     refused(folder, rf"{MODEL}")
 
 
@@ -197,15 +208,12 @@ def test_the_trap_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["pickle", "torch.save"])
-@pytest.mark.parametrize("sealed", [False, True], ids=["hash as it was", "hash repaired"])
-def test_a_pickle_in_place_of_safetensors_is_not_executed(folder: Path, tmp_path: Path, form: str, sealed: bool) -> None:
+def test_a_pickle_in_place_of_safetensors_is_not_executed(folder: Path, tmp_path: Path, form: str) -> None:
     trap = Touch(tmp_path / "sprung")
     if form == "pickle":
         (folder / TENSORS).write_bytes(pickle.dumps(trap))
     else:
         torch.save({"classifier.weight": trap}, folder / TENSORS)
-    if sealed:
-        reseal(folder)
     refused(folder, rf"{TENSORS}: not a whole safetensors file")
     assert not (tmp_path / "sprung").exists()
 
@@ -221,6 +229,6 @@ def test_code_that_the_model_config_names_is_not_run(folder: Path, tmp_path: Pat
     """``auto_map`` is how a Hub repository asks for its own Python files to be imported; nobody is asked at the prompt either."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'sprung')!r})\nclass EvilConfig: pass\n")
-    edit(folder, MODEL, model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
+    edit(folder, model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
     refused(folder, rf"{MODEL}")
     assert not (tmp_path / "sprung").exists()
