@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from quantsim.formats.description import METHOD
 from quantsim.formats.model_card import model_card
 from quantsim.formats.onnx import export_onnx
 from quantsim.formats.onnx.edges import Bias
-from quantsim.graph.forward import GraphForward, run_on_graph
+from quantsim.graph.forward import GraphForward, refuse_pickle, run_on_graph
 from quantsim.graph.place import Placement, place
 from quantsim.graph.trace import trace
 from quantsim.kernels.cpu import missing_for_int8
@@ -106,6 +106,9 @@ class QuantSim:
         nodes = {node.name: node for node in new.graph.graph.nodes}
         new.placements = [replace(p, node=nodes[p.node.name]) for p in self.placements]
         return new
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickle(self.model)
 
     # ---- quantizers ----
 

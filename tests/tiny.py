@@ -84,10 +84,7 @@ def tensors_of(output: Any) -> dict[str, Tensor]:
 
 def clone(sim: QuantSim) -> QuantSim:
     """An independent copy without another trace."""
-    new = copy.copy(sim)
-    new.model = copy.deepcopy(sim.model)
-    new.graph = new.model.forward.graph
-    return new
+    return copy.deepcopy(sim)
 
 
 @cache

@@ -14,7 +14,7 @@ import transformers  # its classes are looked up when they are used: --help need
 from quantsim import QuantSim
 from quantsim.cli.command import CommandError, extra
 from quantsim.config import QuantConfig, near
-from quantsim.formats.checkpoint import MODEL_CONFIG, SIM, load_checkpoint
+from quantsim.formats.checkpoint import MODEL_CONFIG, is_checkpoint, read_checkpoint
 from quantsim.graph.example_inputs import example_inputs
 
 if TYPE_CHECKING:
@@ -90,11 +90,6 @@ def find_source(text: str) -> Source:
     return _transformers(text, text)
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether ``QuantSim.save_pretrained`` wrote it."""
-    return (folder / SIM).is_file()
-
-
 def card_names() -> list[str]:
     """The cards of the zoo."""
     from model_zoo.cards import names
@@ -104,7 +99,7 @@ def card_names() -> list[str]:
 
 def _checkpoint(name: str, folder: Path) -> Source:
     def load_float() -> PreTrainedModel:
-        model = load_checkpoint(folder).model
+        model = read_checkpoint(folder).build()
         assert isinstance(model, transformers.PreTrainedModel)  # it was built from a class name of transformers
         return model
 

@@ -59,10 +59,7 @@ class GraphForward:
         return new
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            f"{type(self.model).__name__}: a model that runs on a traced graph can't be pickled; write it with save_pretrained and read "
-            "it with from_pretrained, or torch.save its state_dict"
-        )
+        refuse_pickle(self.model)
 
     def _check(self, inputs: Mapping[str, Any]) -> None:
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), self.dtype)
@@ -91,6 +88,13 @@ class GraphForward:
         values = {**inputs, **labels, **output}
         needed = [str(node.target) for node in loss.graph.find_nodes(op="placeholder")]
         return type(output)(loss=loss(**{name: values[name] for name in needed}), **output)
+
+
+def refuse_pickle(model: nn.Module) -> NoReturn:
+    raise TypeError(
+        f"{type(model).__name__}: a model that runs on a traced graph can't be pickled; write it with save_pretrained and read it with "
+        "from_pretrained, or torch.save its state_dict"
+    )
 
 
 def run_on_graph(model: nn.Module, graph: fx.GraphModule) -> None:
