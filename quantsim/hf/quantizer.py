@@ -52,10 +52,8 @@ class QuantSimQuantizer(HfQuantizer):
         """Let ``transformers`` know ``sim.model`` as quantized: what it saves, in a Trainer's checkpoints too, has the ranges then."""
         self.sim = sim
         model: Any = sim.model
-        model.hf_quantizer, model.config.quantization_config = self, self.quantization_config
-        model.is_quantized, model.quantization_method = True, METHOD
-        # not in the names of an older checkpoint (LayerNorm.gamma), which nothing but from_pretrained of transformers knows
-        model.save_pretrained = partial(type(model).save_pretrained, model, save_original_format=False)
+        model.hf_quantizer, model.is_quantized, model.quantization_method = self, True, METHOD
+        model.save_pretrained = partial(_save_pretrained, model)
         model.supports_gradient_checkpointing = False
         refuse = partial(_refuse_checkpointing, type(model).__name__)
         model.activation_checkpointing_enable = model.gradient_checkpointing_enable = refuse
@@ -85,17 +83,18 @@ class QuantSimQuantizer(HfQuantizer):
             _put(model, values)
             sim = QuantSim(model, checkpoint.config, in_place=True)
             checkpoint.load_ranges(sim.quantizers)
-            return
-        given = self.quantization_config
-        sim = QuantSim(model, given.config, given.example_inputs, in_place=True)
-        if given.calibration is not None:
-            sim.compute_encodings(given.calibration)
-            return
-        warnings.warn(
-            f"{type(model).__name__} is not calibrated and computes in floating point: give QuantSimConfig calibration=, or call "
-            "quantsim.hf.simulation_of(model).compute_encodings",
-            stacklevel=2,
-        )
+        else:
+            given = self.quantization_config
+            sim = QuantSim(model, given.config, given.example_inputs, in_place=True)
+            model.config.quantization_config = QuantSimConfig(sim.config)  # without the data
+            if given.calibration is not None:
+                sim.compute_encodings(given.calibration)
+            else:
+                warnings.warn(
+                    f"{type(model).__name__} is not calibrated and computes in floating point: give QuantSimConfig calibration=, or "
+                    "call quantsim.hf.simulation_of(model).compute_encodings",
+                    stacklevel=2,
+                )
 
     # ---- save ----
 
@@ -120,6 +119,22 @@ def simulation_of(model: nn.Module) -> QuantSim:
     if not isinstance(quantizer, QuantSimQuantizer):
         raise ValueError(f"{type(model).__name__} is no simulated model: its hf_quantizer is {quantizer!r}")
     return quantizer.sim
+
+
+def _save_pretrained(model: Any, *args: Any, **settings: Any) -> Any:
+    """The class's ``save_pretrained``, with the quantization in the model's config while that is written (configs are shared).
+
+    Tensors have the model's own names, not those of the checkpoint that it came from (``LayerNorm.gamma``).
+    """
+    before = getattr(model.config, "quantization_config", None)
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    try:
+        return type(model).save_pretrained(model, *args, **{"save_original_format": False, **settings})
+    finally:
+        if before is None:
+            del model.config.quantization_config
+        else:
+            model.config.quantization_config = before
 
 
 def _put(model: PreTrainedModel, values: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 
 from quantsim import CheckpointError, ConfigError, QuantConfig, QuantSim, QuantSimConfig, Rule, State
 from quantsim.hf import simulation_of
-from tests.formats.sealed import FILES, MODEL, TENSORS, edit_tensors
+from tests.formats.sealed import FILES, MODEL, TENSORS, description, edit_tensors
 from tests.hf.words import tokenizer
 from tests.tiny import tiny_batch, tiny_bert, tiny_sim
 
@@ -82,7 +82,7 @@ def test_integers_of_a_lowered_model_become_their_values(head: str, tmp_path: Pa
 def test_save_pretrained_of_the_model_writes_what_the_simulation_writes(saved: Path, tmp_path: Path) -> None:
     load(saved).save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
-    assert (tmp_path / TENSORS).read_bytes() == (saved / TENSORS).read_bytes()
+    assert description(tmp_path) == description(saved)  # the hashes of all tensors among it
     assert json.loads((tmp_path / MODEL).read_text()) == json.loads((saved / MODEL).read_text())
     assert torch.equal(logits(QuantSim.from_pretrained(tmp_path).model), logits(load(saved)))
 
@@ -127,6 +127,17 @@ def test_half_precision_on_load(saved: Path) -> None:
     assert logits(model).dtype is torch.bfloat16
     assert {q.min.dtype for q in simulation_of(model).quantizers.values()} == {torch.float32}
     torch.testing.assert_close(logits(model).float(), logits(load(saved)), rtol=0, atol=0.3)
+
+
+def test_a_config_that_is_shared_stays_that_of_both(tmp_path: Path) -> None:
+    """Models often share one config: that one of them is simulated is no property of the other."""
+    model, other = tiny_bert(num_hidden_layers=1), tiny_bert(num_hidden_layers=1)
+    other.config = model.config
+    sim = QuantSim(model, in_place=True)
+    sim.model.save_pretrained(tmp_path / "simulated")
+    other.save_pretrained(tmp_path / "other")
+    assert "quantization_config" not in json.loads((tmp_path / "other" / MODEL).read_text())
+    assert {q.state for q in simulation_of(load(tmp_path / "simulated")).quantizers.values()} == {State.OFF}
 
 
 # ---- quantize on load ----

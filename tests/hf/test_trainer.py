@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,17 @@ def test_gradient_checkpointing_of_the_model_before_is_left_behind() -> None:
     assert sim.model(**tokenizer()(["a film"], return_tensors="pt")).logits.shape == (1, 2)
 
 
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """A process has one accelerator state, with one precision: other tests have theirs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate_prepares_and_trains_it(precision: str) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # one a process, with one precision
     sim = tiny_sim()
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     optimizer = torch.optim.AdamW(sim.model.parameters(), lr=5e-3)
