@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quantsim.cli.command import CommandError
-from quantsim.cli.models import is_checkpoint
+from quantsim.formats.checkpoint import is_checkpoint
 
 
 def output_arguments(parser: argparse.ArgumentParser, what: str) -> None:
