@@ -10,8 +10,6 @@ from quantsim.graph.trace import trace
 from quantsim.integer_training import IntegerTraining
 from quantsim.lowered import IntegerModel, LoweredModel
 from quantsim.numerics.fixed_point import FixedPointError
-from quantsim.hf import QuantSimConfig
-from quantsim.lowered import LoweredModel
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State
 from quantsim.report.analysis import ReportError
 from quantsim.report.integers import find_floats
@@ -43,7 +41,6 @@ __all__ = [
     "Placement",
     "QuantConfig",
     "QuantSim",
-    "QuantSimConfig",
     "QuantSpec",
     "ReportError",
     "Rule",

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
+import transformers  # its models are looked up when there is one: importing quantsim need not wait for them
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.quantizers import AutoHfQuantizer  # type: ignore[attr-defined]
 from transformers.utils.generic import find_labels
 
 from quantsim.config import ConfigError, QuantConfig
@@ -42,6 +42,10 @@ from quantsim.rewrites.integer_only import ForceDequant, integer_only
 from quantsim.rewrites.integer_only.training import IntegerTraining
 from quantsim.rewrites.lower_int8 import lower_int8
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLUGIN = "quantsim.hf"  # stands above, and is found through transformers' registry of quantization methods
 Batch = Mapping[str, Tensor]
 Data = Iterable[Batch] | Callable[..., Any]
 
@@ -95,8 +99,10 @@ class QuantSim:
         insert_quantizers(self.graph, self.placements)
         exact_products(self.graph, self.model.training)
         run_on_graph(self.model, self.graph)
-        if isinstance(self.model, PreTrainedModel):  # what it should know of us stands in quantsim.hf, where it is registered
-            AutoHfQuantizer.from_config({"quant_method": METHOD, "config": self.config.to_dict()}).attach(self)
+        if isinstance(self.model, transformers.PreTrainedModel):
+            import_module(PLUGIN)
+            registry: Any = transformers.quantizers
+            registry.AutoHfQuantizer.from_config({"quant_method": METHOD, "config": self.config.to_dict()}).attach(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """An independent copy without another trace; of its model alone, ``copy.deepcopy(sim.model)`` makes one too."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertForSequenceClassification
 
-from quantsim import CheckpointError, ConfigError, QuantConfig, QuantSim, QuantSimConfig, Rule, State
-from quantsim.hf import simulation_of
+from quantsim import CheckpointError, ConfigError, QuantConfig, QuantSim, Rule, State
+from quantsim.hf import QuantSimConfig, simulation_of
 from tests.formats.sealed import FILES, MODEL, TENSORS, description, edit_tensors
 from tests.hf.words import tokenizer
 from tests.tiny import tiny_batch, tiny_bert, tiny_sim
@@ -60,6 +62,24 @@ def test_the_auto_class_gives_the_quantized_model(saved: Path) -> None:
     sim = simulation_of(model)
     assert {q.state for q in sim.quantizers.values()} == {State.LEARNING}
     assert torch.equal(logits(sim.lower().model), logits(tiny_sim().lower().model))
+
+
+LOAD = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+import quantsim.hf
+from transformers import AutoModelForSequenceClassification
+torch.set_num_threads(1)
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    save_file({"logits": model(**load_file(sys.argv[2])).logits}, sys.argv[3])
+"""
+
+
+def test_another_process_that_imports_the_plugin_alone(saved: Path, tmp_path: Path) -> None:
+    save_file(tiny_batch(seed=3), tmp_path / "batch")
+    subprocess.run([sys.executable, "-c", LOAD, str(saved), str(tmp_path / "batch"), str(tmp_path / "out")], check=True)
+    assert torch.equal(load_file(tmp_path / "out")["logits"], logits(tiny_sim().model))
 
 
 def test_loading_reports_nothing_amiss(saved: Path) -> None:
