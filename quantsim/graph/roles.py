@@ -58,6 +58,9 @@ KEEPS_GRID = frozenset(
 )
 """Ops whose output holds values of their input and nothing else: the output is on the input's grid."""
 
+SIZES_ALONE = frozenset("sym_size sym_numel sym_stride sym_storage_offset getattr empty_like full_like ones_like zeros_like".split())
+"""Ops that read the shape, type or device of their input and none of its values."""
+
 Source = Literal["parameter", "float_input", "ids"]
 
 
@@ -117,7 +120,7 @@ class Roles:
         return self.op[node] in KEEPS_GRID
 
     def from_ids_alone(self, node: fx.Node) -> bool:
-        """Masks and positions: nothing learned and no floating-point input goes in."""
+        """Masks, positions and constants: nothing learned and no value of a floating-point input goes in."""
         return not self.sources[node] & {"parameter", "float_input"}
 
     def weight_of(self, node: fx.Node) -> tuple[WeightArg, fx.Node] | None:
@@ -128,17 +131,36 @@ class Roles:
         return (at, weight) if "parameter" in self.sources[weight] else None
 
     def bias_of(self, node: fx.Node) -> fx.Node | None:
+        """The bias that the node adds: an argument of the op, or a learned vector that a sum adds to something computed."""
         at = WEIGHTS.get(self.op[node])
-        if at is None or at.bias is None or len(node.args) <= at.bias:
+        if at is None:
+            return self._added_vector(node) if self.op[node] in ("add", "sub") else None
+        if at.bias is None or len(node.args) <= at.bias:
             return None
         bias = node.args[at.bias]
         return bias if isinstance(bias, fx.Node) else None
 
+    def _added_vector(self, node: fx.Node) -> fx.Node | None:
+        operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
+        learned = [(arg, parameter) for arg in operands if (parameter := self.parameter_of(arg))]
+        if len(operands) != 2 or len(learned) != 1:
+            return None
+        arg, parameter = learned[0]
+        return arg if sum(size != 1 for size in parameter.meta["val"].shape) <= 1 else None
+
+    def parameter_of(self, node: fx.Node) -> fx.Node | None:
+        """The one parameter whose values the node holds, and nothing else."""
+        while node.op != "get_attr":
+            if not (self.keeps_grid(node) and self.sources[node] == {"parameter"}):
+                return None
+            node = node.all_input_nodes[0]
+        return node if "parameter" in self.sources[node] else None
+
     def mask_operand(self, node: fx.Node) -> int | None:
-        """Which argument of a mask add is the mask."""
+        """Which argument of a mask add is the mask (of ``scores - mask``, the second)."""
         for i, arg in enumerate(node.args[:2]):
             if isinstance(arg, fx.Node) and is_float(arg) and self.from_ids_alone(arg):
-                return i
+                return i if self.op[node] == "add" or i == 1 else None
         return None
 
     # ---- working it out ----
@@ -151,7 +173,7 @@ class Roles:
                 found = frozenset({"float_input" if is_float(node) else "ids"})
             elif node.op == "get_attr" and isinstance(value := resolve(self.graph, str(node.target)), nn.Parameter):
                 found = frozenset({"parameter"} if value.is_floating_point() else ())
-            sources[node] = found.union(*(sources[n] for n in node.all_input_nodes))
+            sources[node] = found if self.op[node] in SIZES_ALONE else found.union(*(sources[n] for n in node.all_input_nodes))
         return sources
 
     def _find_attention(self, softmax: fx.Node) -> None:
@@ -167,10 +189,10 @@ class Roles:
             if op == "matmul":
                 product = node
                 found[node] = SCORES
-            elif op in ("mul", "div") and len(node.all_input_nodes) == 1:
+            elif op in ("mul", "div") and sum(not self.from_ids_alone(n) for n in node.all_input_nodes) == 1:
                 found[node] = SCALE
                 todo += node.all_input_nodes
-            elif op == "add":
+            elif op in ("add", "sub"):
                 if self.mask_operand(node) is not None:
                     found[node] = MASK_ADD
                 todo += node.all_input_nodes
