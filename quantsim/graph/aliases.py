@@ -21,8 +21,8 @@ def out_of_place(graph: fx.GraphModule) -> None:
         shared = _sharing_memory(node.args[0])
         if any(n.op in ("placeholder", "get_attr") for n in shared):
             continue
-        others = shared - {node, node.args[0]}
-        if any(order[user] > order[node] for n in others for user in n.users if user not in _past(node)):
+        others = shared - _views_of(node) - {node.args[0]}
+        if any(order[user] > order[node] for n in others for user in n.users):
             continue
         for user in list(node.args[0].users):
             if order[user] > order[node]:
@@ -49,7 +49,12 @@ def _sharing_memory(node: fx.Node) -> set[fx.Node]:
     base = node
     while _may_alias(base) and base.all_input_nodes:
         base = base.all_input_nodes[0]
-    found, todo = {base}, [base]
+    return _views_of(base)
+
+
+def _views_of(node: fx.Node) -> set[fx.Node]:
+    """The node and everything that may have its memory from it."""
+    found, todo = {node}, [node]
     while todo:
         for user in todo.pop().users:
             if user not in found and _may_alias(user):
@@ -65,16 +70,14 @@ def _may_alias(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     # ops such as reshape and contiguous say nothing of the view that they often give
-    silent = node.target._schema.name.split("::")[1] in ("reshape", "contiguous", "to", "flatten", "expand_as", "view_as", "type_as", "dropout")
+    silent = node.target._schema.name.split("::")[1] in (
+        "reshape",
+        "contiguous",
+        "to",
+        "flatten",
+        "expand_as",
+        "view_as",
+        "type_as",
+        "dropout",
+    )
     return silent or any(x.alias_info is not None for x in node.target._schema.returns)
-
-
-def _past(node: fx.Node) -> set[fx.Node]:
-    """The node and everything that takes its memory from it."""
-    found, todo = {node}, [node]
-    while todo:
-        for user in todo.pop().users:
-            if user not in found and _may_alias(user):
-                found.add(user)
-                todo.append(user)
-    return found

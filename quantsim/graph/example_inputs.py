@@ -16,7 +16,9 @@ Batch = Mapping[str, Tensor]
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """A random batch that fits ``model.config``: ids ``[2, 12]`` (``[2, 3, 12]`` for multiple choice), with boxes of a page where it takes them, or pixels.
+    """A random batch that fits ``model.config``: ids ``[2, 12]`` (``[2, 3, 12]`` for multiple choice) or pixels.
+
+    With ids come the masks, segments and boxes on a page that the model takes.
 
     Raises:
         ValueError: the model has no ``config``, or takes none of the inputs that are known here.
@@ -29,8 +31,8 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     batch: dict[str, Tensor] = {}
     if "input_ids" in takes:
-        positions = getattr(config, "max_position_embeddings", None) or LENGTH + 2
-        shape = [ROWS, min(LENGTH, positions - 2)]
+        positions = getattr(config, "max_position_embeddings", None) or -1
+        shape = [ROWS, min(LENGTH, positions - 2) if positions > 0 else LENGTH]  # -1: as many as one likes
         if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
             shape.insert(1, CHOICES)
         batch["input_ids"] = torch.randint(3, config.vocab_size, shape, generator=generator)

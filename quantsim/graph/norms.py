@@ -118,7 +118,8 @@ def _between(x: fx.Node, output: fx.Node, roles: Roles) -> frozenset[fx.Node]:
 
     def comes_from_x(node: fx.Node) -> bool:
         if node not in leads:
-            leads[node] = any([comes_from_x(n) for n in node.all_input_nodes])
+            comes = [comes_from_x(n) for n in node.all_input_nodes]
+            leads[node] = any(comes)
         return leads[node]
 
     comes_from_x(output)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from quantsim.config import ConfigError, QuantConfig, QuantSpec, Role, Rule, near
 from quantsim.graph.norms import find_norms
-from quantsim.graph.roles import Roles, is_float
+from quantsim.graph.roles import HIDDEN, Roles, is_float
 from quantsim.graph.weights import AT_OUTPUT, weight_chains, weight_edges
 
 FROM_IDS = "made of ids, sizes and constants alone"
@@ -89,6 +89,8 @@ def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
                 spec, reason = None, FROM_IDS
             elif spec is not None and node in inside:
                 spec, reason = None, inside[node]
+            elif spec is not None and roles.role.get(node) == HIDDEN:
+                spec, reason = None, "some of its values are hidden behind a large number"
             elif spec is not None and config.activations_before and not roles.is_read_by(node, config.activations_before):
                 spec, reason = None, f"no {' or '.join(config.activations_before)} reads it"
             yield Placement(node, "output", roles.name[node], kinds.get(node, op), "activation", spec, reason, roles.role.get(node))

@@ -16,14 +16,18 @@ from torch import Tensor, fx, nn
 
 from quantsim.graph.trace import module_path
 
-SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT = (
+SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT, HIDDEN = (
     "attention_scores",
     "attention_scale",
     "mask_add",
     "mask_fill",
     "attention_probs",
     "attention_context",
+    "hidden_values",
 )
+
+HIDES = -1e4
+"""A number that hides what it is added to, or put in place of: there is no use for it but in a softmax or an argmax."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Roles:
 
     Attributes:
         op: node → op name.
-        role: node → its role in an attention, where it has one.
+        role: node → its role in an attention, where it has one; or that it hides values elsewhere.
         name: node → a path that stays the same while module names do, for nodes that compute: the module's path and
             ``output`` where the module does one thing, else the path and the op (``"…attention.self.matmul_1"``).
         sources: node → what its value depends on.
@@ -112,6 +116,7 @@ class Roles:
         for node in self.nodes:
             if self.op[node] == "softmax":
                 self._find_attention(node)
+        self.role |= {node: HIDDEN for node in self.nodes if node not in self.role and self._hides(node)}
         self.name = self._find_names()
 
     # ---- what a node is ----
@@ -209,6 +214,28 @@ class Roles:
             if self.op[user] == "matmul":
                 self.role[user] = CONTEXT
 
+    def _hides(self, node: fx.Node) -> bool:
+        """Outside an attention, the node adds a mask to computed values or overwrites some of them (the logits of hidden tokens)."""
+        if not is_float(node) or self.from_ids_alone(node):
+            return False
+        if self.op[node] in ("add", "sub"):
+            index = self.mask_operand(node)
+            return index is not None and self._holds_a_large_number(node.args[index])
+        return self.op[node] in ("masked_fill", "where") and any(self._holds_a_large_number(arg) for arg in node.args[1:])
+
+    def _holds_a_large_number(self, value: object) -> bool:
+        """A number that hides is the value, or went into it."""
+        seen: set[fx.Node] = set()
+        todo = [value]
+        while todo:
+            x = todo.pop()
+            if isinstance(x, float | int) and abs(x) >= -HIDES and not isinstance(x, bool):
+                return isinstance(x, float)
+            if isinstance(x, fx.Node) and x not in seen and is_float(x) and self.from_ids_alone(x):
+                seen.add(x)
+                todo += [*x.args]
+        return False
+
     def _users_past(self, node: fx.Node, ops: frozenset[str]) -> Iterator[fx.Node]:
         for user in node.users:
             if self.op[user] in ops:
@@ -233,7 +260,7 @@ class Roles:
         for node in computing:
             calls[_call(node)] = calls.get(_call(node), 0) + 1
         names: dict[fx.Node, str] = {}
-        taken: dict[str, int] = {}
+        taken = dict.fromkeys(paths | parents, 0)  # a quantizer's name is a path: it can't be that of a module which holds others
         for node in computing:
             path = module_path(node)
             alone = path not in parents and calls[_call(node)] == 1

@@ -24,6 +24,7 @@ from transformers.utils.generic import ModelOutput
 from quantsim.graph.aliases import out_of_place
 from quantsim.graph.example_inputs import Batch, example_inputs, other_shape, without_axes_of_one
 from quantsim.graph.proof import TraceError, first_difference, outputs_of, prove, prove_past_bounds
+from quantsim.graph.regions import open_regions
 
 aten = torch.ops.aten
 
@@ -147,9 +148,8 @@ def export(model: nn.Module, batch: Batch, training: bool) -> tuple[fx.GraphModu
         with _mode(model, training), _quiet():
             exported = torch.export.export(model, (), kwargs=dict(batch), dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__}: torch.export cannot follow its forward with inputs {list(batch)}{_met(error)}: {_first_paragraph(error)}"
-        ) from error
+        where = f"{type(model).__name__}: torch.export cannot follow its forward with inputs {list(batch)}{_met(error)}"
+        raise TraceError(f"{where}: {_first_paragraph(error)}") from error
     flat = exported.module(check_guards=False)
     graph = flat.graph
     output = graph.output_node()
@@ -159,6 +159,7 @@ def export(model: nn.Module, batch: Batch, training: bool) -> tuple[fx.GraphModu
         output.args = (_rebuild(skeleton, leaves, graph),)
     graph.set_codegen(fx.graph.CodeGen())  # plain keyword inputs in place of export's pytrees
     traced = fx.GraphModule(flat, graph, type(model).__name__)
+    open_regions(traced)
     _keep_constants(traced, model)
     for name, child in model.named_children():
         if name in dict(traced.named_children()):
@@ -275,12 +276,12 @@ def _make_inputs_optional(graph: fx.GraphModule, model: nn.Module, batch: Batch)
     Raises nothing: an input without such a default stays required.
     """
     placeholders = graph.graph.find_nodes(op="placeholder")
-    last = placeholders[-1]
-    first = placeholders[0]
+    first, last = placeholders[0], placeholders[-1]
     for node in placeholders[1:]:
         fill = _default_of(node.target, model, batch)
         common, more = batch[node.target].shape[: batch[first.target].ndim], batch[node.target].shape[batch[first.target].ndim :]
         if fill is None or common != batch[first.target].shape:
+            first.append(node)  # what is required comes before what is not
             continue
         node.args = (None,)
         with graph.graph.inserting_after(last):

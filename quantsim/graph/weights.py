@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
 from quantsim.graph.norms import Norm
 from quantsim.graph.roles import Roles
+from quantsim.graph.trace import module_path
 
 AT_OUTPUT = frozenset({"cat", "stack"})
 """Ops that bring what they take onto the grid of their output."""
@@ -64,7 +65,22 @@ def weight_edges(roles: Roles, norms: Iterable[Norm], computed: frozenset[fx.Nod
                 continue
             edges.setdefault(node, []).extend(e for e in new if (e.node, e.weight) not in seen)
             seen |= {(e.node, e.weight) for e in new}
-    return edges
+    return _one_weight_a_name(edges)
+
+
+def _one_weight_a_name(edges: dict[fx.Node, list[WeightEdge]]) -> dict[fx.Node, list[WeightEdge]]:
+    """Number the computed weights of a module that has several."""
+    owners: dict[str, fx.Node | str] = {e.name: e.name for found in edges.values() for e in found if e.weight.op == "get_attr"}
+
+    def named(e: WeightEdge) -> WeightEdge:
+        owner = e.name if e.weight.op == "get_attr" else e.weight
+        name, number = e.name, 0
+        while owners.setdefault(name, owner) != owner:
+            number += 1
+            name = f"{e.name}_{number}"
+        return replace(e, name=name)
+
+    return {node: [named(e) for e in found] for node, found in edges.items()}
 
 
 def weight_chains(roles: Roles, norms: Iterable[Norm]) -> frozenset[fx.Node]:
@@ -73,7 +89,9 @@ def weight_chains(roles: Roles, norms: Iterable[Norm]) -> frozenset[fx.Node]:
     todo = [found[1] for node in roles.nodes if (found := roles.weight_of(node))]
     todo += [bias for node in roles.nodes if (bias := roles.bias_of(node))]
     todo += [norm.weight[1] for norm in norms if norm.weight]
-    todo += [n for node in roles.nodes if roles.op[node] == "matmul" for n in node.all_input_nodes if list(_edges(node, n, None, "", roles))]
+    todo += [
+        n for node in roles.nodes if roles.op[node] == "matmul" for n in node.all_input_nodes if list(_edges(node, n, None, "", roles))
+    ]
     while todo:
         node = todo.pop()
         if node not in chain and roles.sources[node] == {"parameter"}:
@@ -129,7 +147,8 @@ def _axis_before(node: fx.Node, axis: int | None, roles: Roles) -> int | None:
 
 
 def _computed(node: fx.Node, value: fx.Node, axis: int | None, op: str, roles: Roles) -> WeightEdge:
-    return WeightEdge(node, _index(node, value), value, axis, op, f"{roles.name[node].rsplit('.', 1)[0]}.weight")
+    path = module_path(node).split(".parametrizations")[0]
+    return WeightEdge(node, _index(node, value), value, axis, op, ".".join(filter(None, (path, "weight"))))
 
 
 def _index(node: fx.Node, value: fx.Node) -> int:

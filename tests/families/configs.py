@@ -36,7 +36,8 @@ class Family:
         model_type: its key in transformers' auto mappings.
         config: fields of its config, on top of ``TEXT`` or ``IMAGE``.
         base: ``TEXT``, ``IMAGE``, or nothing where the family has other names for these fields.
-        named: issue 5 names it; the others were tried when the library was done.
+        sees: how far apart two tokens may be that see each other: an attention over windows ends there, a causal one at 1.
+        named: the library was built with it in view; the others were tried afterwards, as they are.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=lambda: TEXT)
     named: bool = True
+    sees: int = 5
 
 
 FAMILIES = (
@@ -67,7 +69,11 @@ FAMILIES = (
             "position_biased_input": False,
         },
     ),
-    Family("ModernBERT", "modernbert", {"pad_token_id": 0, "global_attn_every_n_layers": 2, "local_attention": 8, "initializer_cutoff_factor": 2.0}),
+    Family(
+        "ModernBERT",
+        "modernbert",
+        {"pad_token_id": 0, "global_attn_every_n_layers": 2, "local_attention": 8, "initializer_cutoff_factor": 2.0},
+    ),
     Family("MPNet", "mpnet"),
     Family("CamemBERT", "camembert"),
     Family("XLM-RoBERTa", "xlm-roberta"),
@@ -77,4 +83,38 @@ FAMILIES = (
     Family("LayoutLM", "layoutlm"),
     Family("ViT", "vit", base=IMAGE),
     Family("DeiT", "deit", base=IMAGE),
+    # ---- not looked at before the library was done ----
+    Family("BertGeneration", "bert-generation", {"bos_token_id": 2, "eos_token_id": 1}, named=False),
+    Family("ERNIE", "ernie", named=False),
+    Family("Splinter", "splinter", {"question_token_id": 4}, named=False),
+    Family("LiLT", "lilt", {"hidden_size": 48, "channel_shrink_ratio": 2, "max_2d_position_embeddings": 64}, named=False),
+    Family("Data2VecText", "data2vec-text", named=False),
+    Family("RoFormer", "roformer", {"embedding_size": 32}, named=False),
+    Family("NomicBERT", "nomic_bert", named=False),
+    Family("EuroBERT", "eurobert", {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, named=False),
+    Family("ESM", "esm", {"position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 3}, named=False),
+    Family("SqueezeBERT", "squeezebert", {"embedding_size": 32}, named=False),
+    Family("ConvBERT", "convbert", {"embedding_size": 32, "conv_kernel_size": 3}, named=False),
+    Family("FNet", "fnet", named=False),
+    Family(
+        "Funnel", "funnel", {"vocab_size": 99, "block_sizes": [1, 1], "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64}, {}, False
+    ),
+    Family("XLNet", "xlnet", {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}, {}, False),
+    Family("XLM", "xlm", {"emb_dim": 32, "n_layers": 2, "n_heads": 2}, named=False),
+    Family("Nystromformer", "nystromformer", {"num_landmarks": 4, "segment_means_seq_len": 12}, named=False),
+    Family("YOSO", "yoso", {"use_expectation": True}, named=False),
+    Family("BigBird", "big_bird", {"attention_type": "block_sparse", "block_size": 4}, named=False),
+    Family("Longformer", "longformer", {"attention_window": 4}, named=False),
+    Family("CLIP text", "clip_text_model", {"bos_token_id": 1, "eos_token_id": 2}, named=False, sees=1),
+    Family("CLIP vision", "clip_vision_model", base=IMAGE, named=False),
+    Family("BEiT", "beit", base=IMAGE, named=False),
+    Family("DINOv2", "dinov2", base=IMAGE, named=False),
+    Family(
+        "Swin",
+        "swin",
+        {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "image_size": 16, "patch_size": 2},
+        {},
+        False,
+    ),
+    Family("ConvNeXT", "convnext", {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "image_size": 32}, {}, False),
 )
