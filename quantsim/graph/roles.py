@@ -57,13 +57,16 @@ ALIASES = {"bmm": "matmul", "mm": "matmul", "_softmax": "softmax", "_safe_softma
 KEEPS_GRID = frozenset(
     "adjoint alias as_strided broadcast_to chunk clone contiguous detach diagonal dropout expand expand_as flatten flip gather "
     "getitem index index_select lift_fresh_copy moveaxis movedim mT narrow numpy_T permute ravel repeat repeat_interleave reshape "
-    "reshape_as roll select slice split split_with_sizes squeeze swapaxes swapdims t tensor_split tile to transpose unbind "
-    "unflatten unfold unsqueeze view view_as".split()
+    "reshape_as roll select slice split split_with_sizes squeeze swapaxes swapdims t tensor_split tile to transpose type_as unbind "
+    "unflatten unfold unsafe_view unsqueeze view view_as".split()
 )
 """Ops whose output holds values of their input and nothing else: the output is on the input's grid."""
 
 SIZES_ALONE = frozenset("sym_size sym_numel sym_stride sym_storage_offset getattr empty_like full_like ones_like zeros_like".split())
 """Ops that read the shape, type or device of their input and none of its values."""
+
+LIKE_ANOTHER = frozenset("expand_as reshape_as to type_as view_as".split())
+"""Ops that read the values of their first input, and of another the shape or type alone."""
 
 Source = Literal["parameter", "float_input", "ids"]
 
@@ -178,7 +181,8 @@ class Roles:
                 found = frozenset({"float_input" if is_float(node) else "ids"})
             elif node.op == "get_attr" and isinstance(value := resolve(self.graph, str(node.target)), nn.Parameter):
                 found = frozenset({"parameter"} if value.is_floating_point() else ())
-            sources[node] = found if self.op[node] in SIZES_ALONE else found.union(*(sources[n] for n in node.all_input_nodes))
+            reads = [] if self.op[node] in SIZES_ALONE else node.all_input_nodes[: 1 if self.op[node] in LIKE_ANOTHER else None]
+            sources[node] = found.union(*(sources[n] for n in reads))
         return sources
 
     def _find_attention(self, softmax: fx.Node) -> None:

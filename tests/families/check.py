@@ -257,7 +257,9 @@ def trains_a_step(sim: QuantSim, case: Case, batch: dict[str, Tensor]) -> None:
     assert with_loss or not labels, "labels give no loss"
     loss.backward()
     reached = [p for p in weights if p.grad is not None]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in ranges), "a range has no finite gradient"
+    untouched = [name for name, q in sim.quantizers.items() if q.min.grad is None or not q.min.grad.isfinite().all()]
+    frozen = {name for name, p in sim.model.named_parameters() if not p.requires_grad}
+    assert set(untouched) <= frozen, f"no finite gradient of the ranges of {untouched}"
     assert all(p.grad.isfinite().all() for p in reached), "a weight's gradient is not finite"
     assert {id(p) for p in reached} >= {id(p) for p in sim.graph.parameters() if p.requires_grad and p not in set(ranges)} - unread(sim)
     before = [p.detach().clone() for p in (*reached, *ranges)]
