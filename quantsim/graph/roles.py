@@ -54,6 +54,9 @@ WEIGHTS: dict[str, WeightArg] = {
 
 ALIASES = {"bmm": "matmul", "mm": "matmul", "_softmax": "softmax", "_safe_softmax": "softmax"}
 
+PRODUCTS = ("matmul", "einsum")
+"""Products of two computed tensors."""
+
 KEEPS_GRID = frozenset(
     "adjoint alias as_strided broadcast_to chunk clone contiguous detach diagonal dropout expand expand_as flatten flip gather "
     "getitem index index_select lift_fresh_copy moveaxis movedim mT narrow numpy_T permute ravel repeat repeat_interleave reshape "
@@ -195,7 +198,7 @@ class Roles:
             if self.from_ids_alone(node) or node in found:
                 continue
             op = self.op[node]
-            if op == "matmul":
+            if op in PRODUCTS:
                 product = node
                 found[node] = SCORES
             elif op in ("mul", "div") and sum(not self.from_ids_alone(n) for n in node.all_input_nodes) == 1:
@@ -215,7 +218,7 @@ class Roles:
         self.role |= found
         self.role[softmax] = PROBS
         for user in self._users_past(softmax, KEEPS_GRID | {"masked_fill"}):
-            if self.op[user] == "matmul":
+            if self.op[user] in PRODUCTS:
                 self.role[user] = CONTEXT
 
     def _hides(self, node: fx.Node) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
 from quantsim.graph.norms import Norm
-from quantsim.graph.roles import Roles
+from quantsim.graph.roles import Roles, WeightArg
 from quantsim.graph.trace import module_path
 
 AT_OUTPUT = frozenset({"cat", "stack"})
@@ -53,34 +53,38 @@ def weight_edges(roles: Roles, norms: Iterable[Norm], computed: frozenset[fx.Nod
             continue
         found = roles.weight_of(node)
         for value in node.all_input_nodes:
-            op = norm_weights.get((node, value), roles.op[node])
-            if found and value is found[1]:
-                new = list(_edges(node, value, found[0].axis if value.meta["val"].ndim > 1 else None, op, roles))
-                new = new or [_computed(node, value, found[0].axis if value.meta["val"].ndim > 1 else None, op, roles)]
-            elif _is_weight(node, value, roles):
-                new = list(_edges(node, value, _channel_axis(node, value, roles), op, roles))
-                if not new and (node, value) in norm_weights:
-                    new = [_computed(node, value, None, op, roles)]
-            else:
+            is_own, in_norm = found is not None and value is found[1], (node, value) in norm_weights
+            if not is_own and not _is_weight(node, value, roles):
                 continue
+            axis = _own_axis(found[0], value) if found is not None and is_own else _channel_axis(node, value, roles)
+            op = norm_weights.get((node, value), roles.op[node])
+            new = list(_edges(node, value, axis, op, roles)) or ([_computed(node, value, axis, op)] if is_own or in_norm else [])
             edges.setdefault(node, []).extend(e for e in new if (e.node, e.weight) not in seen)
             seen |= {(e.node, e.weight) for e in new}
     return _one_weight_a_name(edges)
 
 
 def _one_weight_a_name(edges: dict[fx.Node, list[WeightEdge]]) -> dict[fx.Node, list[WeightEdge]]:
-    """Number the computed weights of a module that has several."""
-    owners: dict[str, fx.Node | str] = {e.name: e.name for found in edges.values() for e in found if e.weight.op == "get_attr"}
+    """Number the computed weights of a module that has several; one that is computed anew at every call is one weight."""
+    owners = {e.name: _expression(e.weight) for found in edges.values() for e in found if e.weight.op == "get_attr"}
 
     def named(e: WeightEdge) -> WeightEdge:
-        owner = e.name if e.weight.op == "get_attr" else e.weight
         name, number = e.name, 0
-        while owners.setdefault(name, owner) != owner:
+        while owners.setdefault(name, _expression(e.weight)) != _expression(e.weight):
             number += 1
             name = f"{e.name}_{number}"
         return replace(e, name=name)
 
     return {node: [named(e) for e in found] for node, found in edges.items()}
+
+
+def _expression(node: fx.Node) -> str:
+    """How the node is computed, down to the parameters."""
+    return (
+        str(node.target)
+        if node.op == "get_attr"
+        else f"{node.target}{fx.map_arg(node.args, _expression)}{fx.map_arg(node.kwargs, _expression)}"
+    )
 
 
 def weight_chains(roles: Roles, norms: Iterable[Norm]) -> frozenset[fx.Node]:
@@ -103,6 +107,10 @@ def weight_chains(roles: Roles, norms: Iterable[Norm]) -> frozenset[fx.Node]:
 def _is_weight(node: fx.Node, value: fx.Node, roles: Roles) -> bool:
     size = value.meta["val"].numel() if isinstance(value.meta.get("val"), Tensor) else 1
     return roles.sources[value] == {"parameter"} and value is not roles.bias_of(node) and size != 1
+
+
+def _own_axis(at: WeightArg, value: fx.Node) -> int | None:
+    return at.axis if value.meta["val"].ndim > 1 else None
 
 
 def _channel_axis(node: fx.Node, value: fx.Node, roles: Roles) -> int | None:
@@ -146,12 +154,12 @@ def _axis_before(node: fx.Node, axis: int | None, roles: Roles) -> int | None:
     return None
 
 
-def _computed(node: fx.Node, value: fx.Node, axis: int | None, op: str, roles: Roles) -> WeightEdge:
+def _computed(node: fx.Node, value: fx.Node, axis: int | None, op: str) -> WeightEdge:
     path = module_path(node).split(".parametrizations")[0]
     return WeightEdge(node, _index(node, value), value, axis, op, ".".join(filter(None, (path, "weight"))))
 
 
 def _index(node: fx.Node, value: fx.Node) -> int:
     """Which argument is the value, or the list that holds it: the last of them, where a weight stands beside itself."""
-    holds = [value is arg or (isinstance(arg, Sequence) and value in arg) for arg in node.args]
+    holds = [value is arg or (isinstance(arg, list | tuple) and value in arg) for arg in node.args]
     return len(holds) - 1 - holds[::-1].index(True)

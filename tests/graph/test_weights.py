@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PretrainedConfig
 
 from quantsim import QuantConfig, QuantSim
@@ -97,3 +98,44 @@ def test_what_is_joined_to_values_says_where_it_is_quantized() -> None:
 
 def test_vectors_that_are_added_are_biases() -> None:
     assert "3 biases are not quantized" in str(QuantSim(Uses("vectors_and_scalars").eval(), QuantConfig(), example()))
+
+
+class LowRank(nn.Module):
+    """``W + B A``, computed at every use."""
+
+    def __init__(self, rank: int = 2) -> None:
+        super().__init__()
+        self.b, self.a = nn.Parameter(torch.randn(8, rank)), nn.Parameter(torch.randn(rank, 8))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def test_a_weight_that_is_computed_at_every_call_is_one_weight() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = PretrainedConfig()
+            self.linear = nn.Linear(8, 8)
+            parametrize.register_parametrization(self.linear, "weight", LowRank())
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.linear(self.linear(x).tanh())}
+
+    sim = QuantSim(Twice().eval(), QuantConfig(), example())
+    assert [name for name, q in sim.quantizers.items() if isinstance(q, WeightQuantizer)] == ["linear.weight"]
+    assert [p.op for p in sim.placements if p.role == "activation" and p.spec] == ["linear", "tanh", "linear"]
+
+
+def test_two_computed_weights_of_one_module_are_two() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = PretrainedConfig()
+            self.first, self.second = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": nn.functional.linear(nn.functional.linear(x, 2 * self.first), 3 * self.second)}
+
+    sim = QuantSim(Two().eval(), QuantConfig(), example())
+    assert [name for name, q in sim.quantizers.items() if isinstance(q, WeightQuantizer)] == ["weight", "weight_1"]
