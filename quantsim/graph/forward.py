@@ -141,7 +141,7 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
 def _stated_problem_type(model: Any, labels: Mapping[str, Tensor]) -> Iterator[None]:
     """``config.problem_type``, where it is left open, as transformers works it out from labels (``ForSequenceClassificationLoss``)."""
     config, given = getattr(model, "config", None), labels.get("labels")
-    if given is None or getattr(config, "problem_type", "") is not None:
+    if config is None or given is None or getattr(config, "problem_type", "") is not None:
         yield
         return
     whole = not given.is_floating_point()

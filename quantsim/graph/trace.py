@@ -22,14 +22,12 @@ from torch.utils import _pytree as pytree
 from transformers.utils.generic import ModelOutput
 
 from quantsim.graph.aliases import out_of_place
+from quantsim.graph.constants import keep_constants
 from quantsim.graph.example_inputs import Batch, example_inputs, other_shape, without_axes_of_one
 from quantsim.graph.proof import TraceError, first_difference, outputs_of, prove, prove_past_bounds
 from quantsim.graph.regions import open_regions
 
 aten = torch.ops.aten
-
-CONSTANTS = "constants"
-"""The graph's room for tensors that a forward makes of numbers: buffers that move with the model and are not saved."""
 
 
 def trace(model: nn.Module, example: Batch | None = None) -> fx.GraphModule:
@@ -160,7 +158,7 @@ def export(model: nn.Module, batch: Batch, training: bool) -> tuple[fx.GraphModu
     graph.set_codegen(fx.graph.CodeGen())  # plain keyword inputs in place of export's pytrees
     traced = fx.GraphModule(flat, graph, type(model).__name__)
     open_regions(traced)
-    _keep_constants(traced, model)
+    keep_constants(traced, model)
     for name, child in model.named_children():
         if name in dict(traced.named_children()):
             traced.add_module(name, child)  # the model's own modules: what is moved or replaced there, the graph sees
@@ -188,37 +186,6 @@ def _met(error: Exception) -> str:
     torch_folder = str(Path(torch.__file__).parent)
     own = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if not frame.filename.startswith((torch_folder, "<"))]
     return f", at {Path(own[-1].filename).name}:{own[-1].lineno}, ``{own[-1].line}``" if own else ""
-
-
-def _keep_constants(graph: fx.GraphModule, model: nn.Module) -> None:
-    """Tensors that the trace lifted out of the forward, and which the model has nowhere, get a room of their own."""
-    for node in graph.graph.find_nodes(op="get_attr"):
-        path = str(node.target)
-        if _has(model, path) or not isinstance(value := _resolved(graph, path), Tensor):
-            continue
-        *parents, name = f"{CONSTANTS}.{path}".split(".")
-        room: nn.Module = graph
-        for part in parents:
-            if not hasattr(room, part):
-                room.add_module(part, nn.Module())
-            room = getattr(room, part)
-        room.register_buffer(name, value, persistent=False)
-        node.target = f"{CONSTANTS}.{path}"
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        _resolved(model, path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _resolved(module: nn.Module, path: str) -> object:
-    value: object = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _rebuild(skeleton: Any, leaves: list[Any], graph: fx.Graph) -> Any:

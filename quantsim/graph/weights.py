@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from torch import Tensor, fx
 
@@ -89,7 +90,7 @@ def _expression(node: fx.Node) -> str:
 
 def weight_chains(roles: Roles, norms: Iterable[Norm]) -> frozenset[fx.Node]:
     """Nodes that compute a weight or a bias from parameters (``torch.nn.utils.parametrize``, ``1 + weight`` of a norm)."""
-    chain: set[fx.Node] = set()
+    chained: set[fx.Node] = set()
     todo = [found[1] for node in roles.nodes if (found := roles.weight_of(node))]
     todo += [bias for node in roles.nodes if (bias := roles.bias_of(node))]
     todo += [norm.weight[1] for norm in norms if norm.weight]
@@ -98,10 +99,10 @@ def weight_chains(roles: Roles, norms: Iterable[Norm]) -> frozenset[fx.Node]:
     ]
     while todo:
         node = todo.pop()
-        if node not in chain and roles.sources[node] == {"parameter"}:
-            chain.add(node)
+        if node not in chained and roles.sources[node] == {"parameter"}:
+            chained.add(node)
             todo += node.all_input_nodes
-    return frozenset(chain)
+    return frozenset(chained)
 
 
 def _is_weight(node: fx.Node, value: fx.Node, roles: Roles) -> bool:
@@ -115,7 +116,7 @@ def _own_axis(at: WeightArg, value: fx.Node) -> int | None:
 
 def _channel_axis(node: fx.Node, value: fx.Node, roles: Roles) -> int | None:
     """Of a matrix in a product, the axis that the product keeps; of anything else none."""
-    ndim = value.meta["val"].ndim
+    ndim = int(value.meta["val"].ndim)
     if roles.op[node] != "matmul" or ndim < 2:
         return None
     return ndim - 1 if value is node.args[1] else ndim - 2
@@ -127,17 +128,15 @@ def _edges(node: fx.Node, value: fx.Node, axis: int | None, op: str, roles: Role
         yield WeightEdge(node, _index(node, value), value, axis, op, str(value.target))
     elif (roles.keeps_grid(value) or roles.op[value] in ("dropout", "cat")) and roles.sources[value] == {"parameter"}:
         inputs = [n for n in value.all_input_nodes if roles.sources[n] == {"parameter"}]
-        for found in [list(_edges(value, n, _axis_before(value, axis, roles), op, roles)) for n in inputs]:
-            if not found:
-                return
-            yield from found
+        found = [list(_edges(value, n, _axis_before(value, axis, roles), op, roles)) for n in inputs]
+        yield from chain.from_iterable(found if all(found) else ())
 
 
 def _axis_before(node: fx.Node, axis: int | None, roles: Roles) -> int | None:
     """Which axis of the node's input is ``axis`` of its output, where it only turns it."""
     if axis is None:
         return None
-    ndim = node.meta["val"].ndim
+    ndim = int(node.meta["val"].ndim)
     op = roles.op[node]
     if op in ("cat", "contiguous", "clone", "detach", "to", "dropout", "alias"):
         return axis
