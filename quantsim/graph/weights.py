@@ -88,7 +88,7 @@ def _expression(node: fx.Node) -> str:
     )
 
 
-def weight_chains(roles: Roles, norms: Iterable[Norm]) -> frozenset[fx.Node]:
+def weight_chains(roles: Roles, norms: Iterable[Norm] = ()) -> frozenset[fx.Node]:
     """Nodes that compute a weight or a bias from parameters (``torch.nn.utils.parametrize``, ``1 + weight`` of a norm)."""
     chained: set[fx.Node] = set()
     todo = [found[1] for node in roles.nodes if (found := roles.weight_of(node))]

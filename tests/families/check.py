@@ -167,7 +167,7 @@ def every_edge_is_placed_or_excused(sim: QuantSim) -> None:
     names = Counter(p.name for p in sim.placements if p.role != "weight")
     assert not (twice := [name for name, count in names.items() if count > 1]), f"one name for several places: {twice}"
     for node in roles.nodes:
-        if node.op != "call_function" or not is_float(node) or roles.keeps_grid(node):
+        if roles.op[node] in ("get_attr", "placeholder", "dropout", "module") or not is_float(node) or roles.keeps_grid(node):
             continue
         if node in listed and listed[node].spec is None:
             assert listed[node].reason, f"{listed[node].name}: no quantizer and no reason"

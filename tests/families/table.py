@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,7 +49,7 @@ def row_of(family: Family) -> Row:
         try:
             found[case] = check(case)
         except Exception as error:
-            refused[case] = reason(error)
+            refused[case] = reason(case, error)
     return make_row(family, found, refused)
 
 
@@ -57,7 +58,7 @@ def make_row(family: Family, found: dict[Case, Found], refused: dict[Case, str])
     notes = ["traced as it evaluates"] if any(f.in_evaluation for f in found.values()) else []
     by_reason: dict[str, list[str]] = {}
     for case, why in refused.items():
-        by_reason.setdefault(why.replace(case.architecture, "…"), []).append(case.architecture)
+        by_reason.setdefault(why, []).append(case.architecture)
     notes += [f"{', '.join(names)}: {why}" for why, names in by_reason.items()]
     return Row(
         family.name,
@@ -79,10 +80,11 @@ def excused(found: Found) -> str:
     return "; ".join(f"{count} {reason}" for reason, count in sorted(found.excused.items()))
 
 
-def reason(error: Exception) -> str:
-    """The error's first line, short enough for a table."""
+def reason(case: Case, error: Exception) -> str:
+    """The error's first line without the class and its inputs, short enough for a table."""
     line = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
-    return line if len(line) <= 260 else line[:257] + "…"
+    line = re.sub(r" (with|on) inputs (\[.*?\]|\{.*?\})", "", line.removeprefix(f"{case.architecture}: "))
+    return line if len(line) <= 240 else line[:237] + "…"
 
 
 def read_rows() -> dict[str, Row]:
