@@ -120,7 +120,11 @@ def trace_loss(model: nn.Module, inputs: Mapping[str, Tensor], labels: Mapping[s
     """
     batch = at_least_two_rows({name: x[:2].detach() for name, x in {**inputs, **labels}.items()})
     with _own_forward(model), eager_attention(model), returning_dict(model):
-        full, _ = export(model, batch)
+        try:
+            full, _ = export(model, batch, training=False)
+        except TraceError:  # a model that chooses its loss by the values of the labels
+            with _stated_problem_type(model, labels):
+                full, _ = export(model, batch, training=False)
     result = full.graph.output_node().args[0]
     if not isinstance(result, fx.Node) or "loss" not in result.kwargs:
         return None
@@ -163,6 +167,22 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
     first = next(iter(graph.nodes), None)
     with graph.inserting_before(first) if first is not None else graph.inserting_after():
         return graph.placeholder(name)
+
+
+@contextmanager
+def _stated_problem_type(model: Any, labels: Mapping[str, Tensor]) -> Iterator[None]:
+    """``config.problem_type``, where it is left open, as transformers works it out from labels (``ForSequenceClassificationLoss``)."""
+    config, given = getattr(model, "config", None), labels.get("labels")
+    if config is None or given is None or getattr(config, "problem_type", "") is not None:
+        yield
+        return
+    whole = not given.is_floating_point()
+    several = "single_label_classification" if whole else "multi_label_classification"
+    config.problem_type = "regression" if config.num_labels == 1 else several
+    try:
+        yield
+    finally:
+        config.problem_type = None
 
 
 @contextmanager

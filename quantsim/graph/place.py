@@ -11,9 +11,11 @@ from tabulate import tabulate
 from torch import Tensor, fx
 
 from quantsim.config import ConfigError, QuantConfig, QuantSpec, Role, Rule, near
-from quantsim.graph.roles import Roles, is_float
+from quantsim.graph.norms import find_norms
+from quantsim.graph.roles import HIDDEN, Roles, is_float
+from quantsim.graph.weights import AT_OUTPUT, weight_chains, weight_edges
 
-FROM_IDS = "made from integer inputs alone"
+FROM_IDS = "made of ids, sizes and constants alone"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Placement:
     Attributes:
         node: the node that makes the edge, or for a weight the node that takes it.
         edge: ``"output"``, or which argument of the node.
+        weight: for a weight the node that makes it.
         name: the module's path and what it is (``bert.pooler.dense.weight``, ``bert.encoder.layer.0.attention.self.softmax``).
         op, role: what rules match.
         spec: ``None`` leaves the edge in floating point.
@@ -37,6 +40,7 @@ class Placement:
     spec: QuantSpec | None
     reason: str = ""
     attention: str | None = None
+    weight: fx.Node | None = None
 
 
 def place(graph: fx.GraphModule, config: QuantConfig, roles: Roles | None = None) -> list[Placement]:
@@ -62,42 +66,34 @@ def placement_table(placements: Iterable[Placement]) -> str:
 
 
 def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
-    in_weights = weight_chains(roles)
+    norms = find_norms(roles)
+    in_weights = weight_chains(roles, norms)
+    weights = weight_edges(roles, norms, in_weights)
+    inside = {node: f"inside a {norm.kind} that runs as one" for norm in norms for node in norm.inside}
+    kinds = {norm.output: norm.kind for norm in norms}
     for node in roles.nodes:
         op = roles.op[node]
         if node.op == "placeholder" and is_float(node):
             spec = config.activations if config.inputs else None
             yield Placement(node, "output", node.name, op, "input", spec, "" if spec else "inputs are left as they are")
-        if node.op != "call_function":
-            continue
-        if found := roles.weight_of(node):
-            at, weight = found
-            shape = weight.meta["val"].shape
-            spec = config.weights
+        for e in weights.get(node, []):
+            spec, reason = config.weights, "" if config.weights else "weights are left as they are"
             if spec is not None and spec.axis is not None:  # a vector has one range: a range for each number would quantize nothing
-                spec = replace(spec, axis=at.axis if len(shape) > 1 else None)
-            name = str(weight.target) if weight.op == "get_attr" else f"{roles.name[node].rsplit('.', 1)[0]}.weight"
-            yield Placement(node, at.index, name, op, "weight", spec, "" if spec else "weights are left as they are")
+                spec = replace(spec, axis=e.axis)
+            if spec is not None and op in AT_OUTPUT:
+                spec, reason = None, f"quantized with the output of {op}"
+            yield Placement(e.node, e.index, e.name, e.op, "weight", spec, reason, weight=e.weight)
         if node in roles.name and node not in in_weights:
             spec, reason = config.activations, "" if config.activations else "activations are left as they are"
             if roles.from_ids_alone(node):
                 spec, reason = None, FROM_IDS
+            elif spec is not None and node in inside:
+                spec, reason = None, inside[node]
+            elif spec is not None and roles.role.get(node) == HIDDEN:
+                spec, reason = None, "some of its values are hidden behind a large number"
             elif spec is not None and config.activations_before and not roles.is_read_by(node, config.activations_before):
                 spec, reason = None, f"no {' or '.join(config.activations_before)} reads it"
-            yield Placement(node, "output", roles.name[node], op, "activation", spec, reason, roles.role.get(node))
-
-
-def weight_chains(roles: Roles) -> set[fx.Node]:
-    """Nodes that compute a weight or a bias from parameters (``torch.nn.utils.parametrize``)."""
-    chain: set[fx.Node] = set()
-    todo = [found[1] for node in roles.nodes if (found := roles.weight_of(node))]
-    todo += [bias for node in roles.nodes if (bias := roles.bias_of(node))]
-    while todo:
-        node = todo.pop()
-        if node not in chain and roles.sources[node] == {"parameter"}:
-            chain.add(node)
-            todo += node.all_input_nodes
-    return chain
+            yield Placement(node, "output", roles.name[node], kinds.get(node, op), "activation", spec, reason, roles.role.get(node))
 
 
 def _inside_supergroups(placements: list[Placement], roles: Roles, config: QuantConfig) -> list[Placement]:
@@ -136,11 +132,7 @@ def _decide(placement: Placement, config: QuantConfig, matched: set[Rule]) -> Pl
 
 
 def _check_axis(spec: QuantSpec, placement: Placement) -> None:
-    value = placement.node.meta["val"]
-    if placement.role == "weight":
-        weight = placement.node.args[int(placement.edge)]
-        assert isinstance(weight, fx.Node)
-        value = weight.meta["val"]
+    value = (placement.weight or placement.node).meta["val"]
     assert isinstance(value, Tensor)
     assert spec.axis is not None
     if not -value.ndim <= spec.axis < value.ndim:

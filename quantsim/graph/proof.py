@@ -51,13 +51,24 @@ def prove(graph: fx.GraphModule, model: nn.Module, batch: Batch) -> None:
     try:
         actual = outputs_of(graph, batch)
     except Exception as error:
-        raise TraceError(f"{name}: the traced graph fails on inputs {shapes}: {error}") from error
+        raise TraceError(f"{name}: the traced graph fails on inputs {shapes}{_fixed_sizes(graph, batch)}: {error}") from error
     if (i := first_difference(expected, actual)) is not None:
         a, b = (str(outputs[i]) if i < len(outputs) else "nothing" for outputs in (expected, actual))
         raise TraceError(
             f"{name}: on inputs {shapes} output {i} of the graph differs from the model's.\nmodel: {a}\ngraph: {b}\n"
             "A branch on the values or the size of an input, or state that the forward changes, cannot be traced"
         )
+
+
+def _fixed_sizes(graph: fx.GraphModule, batch: Batch) -> str:
+    """Which sizes of the batch the trace has fixed at others."""
+    fixed = [
+        f"axis {axis} of {node.target} at {size}"
+        for node in graph.graph.find_nodes(op="placeholder")
+        for axis, size in enumerate(node.meta["val"].shape)
+        if isinstance(size, int) and size != batch[str(node.target)].shape[axis]
+    ]
+    return f", for the model's code fixes {' and '.join(fixed)}" if fixed else ""
 
 
 def prove_past_bounds(graph: fx.GraphModule, model: nn.Module, batch: Batch, ranges: Mapping[Any, Any]) -> None:

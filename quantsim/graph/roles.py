@@ -16,14 +16,18 @@ from torch import Tensor, fx, nn
 
 from quantsim.graph.trace import module_path
 
-SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT = (
+SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT, HIDDEN = (
     "attention_scores",
     "attention_scale",
     "mask_add",
     "mask_fill",
     "attention_probs",
     "attention_context",
+    "hidden_values",
 )
+
+HIDES = -1e4
+"""A number that hides what it is added to, or put in place of: there is no use for it but in a softmax or an argmax."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,22 @@ WEIGHTS: dict[str, WeightArg] = {
 
 ALIASES = {"bmm": "matmul", "mm": "matmul", "_softmax": "softmax", "_safe_softmax": "softmax"}
 
+PRODUCTS = ("matmul", "einsum")
+"""Products of two computed tensors."""
+
 KEEPS_GRID = frozenset(
     "adjoint alias as_strided broadcast_to chunk clone contiguous detach diagonal dropout expand expand_as flatten flip gather "
     "getitem index index_select lift_fresh_copy moveaxis movedim mT narrow numpy_T permute ravel repeat repeat_interleave reshape "
-    "reshape_as roll select slice split split_with_sizes squeeze swapaxes swapdims t tensor_split tile to transpose unbind "
-    "unflatten unfold unsqueeze view view_as".split()
+    "reshape_as roll select slice split split_with_sizes squeeze swapaxes swapdims t tensor_split tile to transpose type_as unbind "
+    "unflatten unfold unsafe_view unsqueeze view view_as".split()
 )
 """Ops whose output holds values of their input and nothing else: the output is on the input's grid."""
+
+SIZES_ALONE = frozenset("sym_size sym_numel sym_stride sym_storage_offset getattr empty_like full_like ones_like zeros_like".split())
+"""Ops that read the shape, type or device of their input and none of its values."""
+
+LIKE_ANOTHER = frozenset("expand_as reshape_as to type_as view_as".split())
+"""Ops that read the values of their first input, and of another the shape or type alone."""
 
 Source = Literal["parameter", "float_input", "ids"]
 
@@ -94,7 +107,7 @@ class Roles:
 
     Attributes:
         op: node → op name.
-        role: node → its role in an attention, where it has one.
+        role: node → its role in an attention, where it has one; or that it hides values elsewhere.
         name: node → a path that stays the same while module names do, for nodes that compute: the module's path and
             ``output`` where the module does one thing, else the path and the op (``"…attention.self.matmul_1"``).
         sources: node → what its value depends on.
@@ -109,6 +122,7 @@ class Roles:
         for node in self.nodes:
             if self.op[node] == "softmax":
                 self._find_attention(node)
+        self.role |= {node: HIDDEN for node in self.nodes if node not in self.role and self._hides(node)}
         self.name = self._find_names()
 
     # ---- what a node is ----
@@ -117,7 +131,7 @@ class Roles:
         return self.op[node] in KEEPS_GRID
 
     def from_ids_alone(self, node: fx.Node) -> bool:
-        """Masks and positions: nothing learned and no floating-point input goes in."""
+        """Masks, positions and constants: nothing learned and no value of a floating-point input goes in."""
         return not self.sources[node] & {"parameter", "float_input"}
 
     def weight_of(self, node: fx.Node) -> tuple[WeightArg, fx.Node] | None:
@@ -128,17 +142,36 @@ class Roles:
         return (at, weight) if "parameter" in self.sources[weight] else None
 
     def bias_of(self, node: fx.Node) -> fx.Node | None:
+        """The bias that the node adds: an argument of the op, or a learned vector that a sum adds to something computed."""
         at = WEIGHTS.get(self.op[node])
-        if at is None or at.bias is None or len(node.args) <= at.bias:
+        if at is None:
+            return self._added_vector(node) if self.op[node] in ("add", "sub") else None
+        if at.bias is None or len(node.args) <= at.bias:
             return None
         bias = node.args[at.bias]
         return bias if isinstance(bias, fx.Node) else None
 
+    def _added_vector(self, node: fx.Node) -> fx.Node | None:
+        operands = [arg for arg in node.args[:2] if isinstance(arg, fx.Node)]
+        learned = [(arg, parameter) for arg in operands if (parameter := self.parameter_of(arg))]
+        if len(operands) != 2 or len(learned) != 1:
+            return None
+        arg, parameter = learned[0]
+        return arg if sum(size != 1 for size in parameter.meta["val"].shape) <= 1 else None
+
+    def parameter_of(self, node: fx.Node) -> fx.Node | None:
+        """The one parameter whose values the node holds, and nothing else."""
+        while node.op != "get_attr":
+            if not (self.keeps_grid(node) and self.sources[node] == {"parameter"}):
+                return None
+            node = node.all_input_nodes[0]
+        return node if "parameter" in self.sources[node] else None
+
     def mask_operand(self, node: fx.Node) -> int | None:
-        """Which argument of a mask add is the mask."""
+        """Which argument of a mask add is the mask (of ``scores - mask``, the second)."""
         for i, arg in enumerate(node.args[:2]):
             if isinstance(arg, fx.Node) and is_float(arg) and self.from_ids_alone(arg):
-                return i
+                return i if self.op[node] == "add" or i == 1 else None
         return None
 
     # ---- working it out ----
@@ -151,7 +184,8 @@ class Roles:
                 found = frozenset({"float_input" if is_float(node) else "ids"})
             elif node.op == "get_attr" and isinstance(value := resolve(self.graph, str(node.target)), nn.Parameter):
                 found = frozenset({"parameter"} if value.is_floating_point() else ())
-            sources[node] = found.union(*(sources[n] for n in node.all_input_nodes))
+            reads = [] if self.op[node] in SIZES_ALONE else node.all_input_nodes[: 1 if self.op[node] in LIKE_ANOTHER else None]
+            sources[node] = found.union(*(sources[n] for n in reads))
         return sources
 
     def _find_attention(self, softmax: fx.Node) -> None:
@@ -164,13 +198,13 @@ class Roles:
             if self.from_ids_alone(node) or node in found:
                 continue
             op = self.op[node]
-            if op == "matmul":
+            if op in PRODUCTS:
                 product = node
                 found[node] = SCORES
-            elif op in ("mul", "div") and len(node.all_input_nodes) == 1:
+            elif op in ("mul", "div") and sum(not self.from_ids_alone(n) for n in node.all_input_nodes) == 1:
                 found[node] = SCALE
                 todo += node.all_input_nodes
-            elif op == "add":
+            elif op in ("add", "sub"):
                 if self.mask_operand(node) is not None:
                     found[node] = MASK_ADD
                 todo += node.all_input_nodes
@@ -184,8 +218,30 @@ class Roles:
         self.role |= found
         self.role[softmax] = PROBS
         for user in self._users_past(softmax, KEEPS_GRID | {"masked_fill"}):
-            if self.op[user] == "matmul":
+            if self.op[user] in PRODUCTS:
                 self.role[user] = CONTEXT
+
+    def _hides(self, node: fx.Node) -> bool:
+        """Outside an attention, the node adds a mask to computed values or overwrites some of them (the logits of hidden tokens)."""
+        if not is_float(node) or self.from_ids_alone(node):
+            return False
+        if self.op[node] in ("add", "sub"):
+            index = self.mask_operand(node)
+            return index is not None and self._holds_a_large_number(node.args[index])
+        return self.op[node] in ("masked_fill", "where") and any(self._holds_a_large_number(arg) for arg in node.args[1:])
+
+    def _holds_a_large_number(self, value: object) -> bool:
+        """A number that hides is the value, or went into it."""
+        seen: set[fx.Node] = set()
+        todo = [value]
+        while todo:
+            x = todo.pop()
+            if isinstance(x, float | int) and abs(x) >= -HIDES and not isinstance(x, bool):
+                return isinstance(x, float)
+            if isinstance(x, fx.Node) and x not in seen and is_float(x) and self.from_ids_alone(x):
+                seen.add(x)
+                todo += [*x.args]
+        return False
 
     def _users_past(self, node: fx.Node, ops: frozenset[str]) -> Iterator[fx.Node]:
         for user in node.users:
@@ -211,7 +267,7 @@ class Roles:
         for node in computing:
             calls[_call(node)] = calls.get(_call(node), 0) + 1
         names: dict[fx.Node, str] = {}
-        taken: dict[str, int] = {}
+        taken = dict.fromkeys(paths | parents, 0)  # a quantizer's name is a path: it can't be that of a module which holds others
         for node in computing:
             path = module_path(node)
             alone = path not in parents and calls[_call(node)] == 1

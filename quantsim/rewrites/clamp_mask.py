@@ -13,7 +13,8 @@ aten = torch.ops.aten
 def clamp_mask(graph: fx.GraphModule, value: float) -> fx.GraphModule:
     """Let a masked score be ``score + value`` in every attention; in place, and returned.
 
-    A mask that is added (``scores + mask``) becomes ``scores + max(mask, value)``. A mask that overwrites
+    A mask that is added (``scores + mask``) becomes ``scores + max(mask, value)``, one that is subtracted
+    ``scores - min(mask, -value)``. A mask that overwrites
     (``scores.masked_fill(hidden, -big)``) becomes ``scores + where(hidden, value, 0)``: with the large value both give
     the same softmax, so both get the same meaning here.
 
@@ -23,18 +24,19 @@ def clamp_mask(graph: fx.GraphModule, value: float) -> fx.GraphModule:
         value: negative.
     """
     roles = Roles(graph)
-    clamped: dict[fx.Node, fx.Node] = {}
+    clamped: dict[tuple[fx.Node, tuple[float | None, ...]], fx.Node] = {}
     for node, role in roles.role.items():
         if role == MASK_ADD:
             index = roles.mask_operand(node)
             assert index is not None
             mask = node.args[index]
             assert isinstance(mask, fx.Node)
-            if mask not in clamped:
+            ends = (value,) if roles.op[node] == "add" else (None, -value)
+            if (mask, ends) not in clamped:
                 with graph.graph.inserting_after(mask):
-                    clamped[mask] = graph.graph.call_function(aten.clamp.default, (mask, value))
-                clamped[mask].meta = dict(mask.meta)
-            node.update_arg(index, clamped[mask])
+                    clamped[mask, ends] = graph.graph.call_function(aten.clamp.default, (mask, *ends))
+                clamped[mask, ends].meta = dict(mask.meta)
+            node.update_arg(index, clamped[mask, ends])
         elif role == MASK_FILL:
             _fill_to_add(graph, node, roles, value)
     graph.graph.eliminate_dead_code()

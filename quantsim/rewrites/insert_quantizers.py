@@ -28,10 +28,13 @@ def insert_quantizers(graph: fx.GraphModule, placements: Sequence[Placement]) ->
             quantizers[p.name] = _make(p)
             graph.add_submodule(f"{ROOM}.{p.name}", quantizers[p.name])
         if p.role == "weight" and not quantizes_rows(p):
-            weight = _weight(p)
+            assert p.weight is not None
             with graph.graph.inserting_before(p.node):
-                quantized = _call(graph, p, weight)
-            p.node.update_arg(int(p.edge), quantized)
+                quantized = _call(graph, p, p.weight)
+            if p.node.args[int(p.edge)] is p.weight:
+                p.node.update_arg(int(p.edge), quantized)
+            else:  # one of a list of tensors
+                p.node.replace_input_with(p.weight, quantized)
             continue
         source = rows.get(p.node, p.node)
         with graph.graph.inserting_after(source):
@@ -47,7 +50,7 @@ def insert_quantizers(graph: fx.GraphModule, placements: Sequence[Placement]) ->
 
 def quantizes_rows(p: Placement) -> bool:
     """The quantizer of this weight sits behind the look-up."""
-    return p.op == "embedding" and p.role == "weight" and p.spec is not None and p.spec.axis is None
+    return p.node.target is torch.ops.aten.embedding.default and p.role == "weight" and p.spec is not None and p.spec.axis is None
 
 
 @torch.no_grad()
@@ -75,12 +78,6 @@ def evaluate(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     return node.target(*args, **kwargs)  # type: ignore[no-any-return]
 
 
-def _weight(p: Placement) -> fx.Node:
-    weight = p.node.args[int(p.edge)]
-    assert isinstance(weight, fx.Node)
-    return weight
-
-
 def _is_fresh(node: fx.Node) -> bool:
     """The node computes a new tensor: no input, no op that writes to one, and no view of one."""
     return isinstance(node.target, torch._ops.OpOverload) and all(x.alias_info is None for x in node.target._schema.returns)
@@ -94,7 +91,7 @@ def _call(graph: fx.GraphModule, p: Placement, x: fx.Node) -> fx.Node:
 
 def _make(p: Placement) -> FakeQuantizer:
     assert p.spec is not None
-    value = (_weight(p) if p.role == "weight" else p.node).meta["val"]
+    value = (p.weight or p.node).meta["val"]
     channels = None if p.spec.axis is None else value.shape[p.spec.axis]
     if p.role == "weight":
         return WeightQuantizer(p.spec, p.name, channels)

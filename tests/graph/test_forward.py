@@ -149,3 +149,25 @@ def test_labels_that_give_the_model_no_loss_give_none_here() -> None:
     labels = {"labels": ids_like(2, 7, VOCAB)}  # of its two kinds of label, one
     assert tiny_head("BertForPreTraining")(**batch, **labels).loss is None
     assert tiny_sim("BertForPreTraining", calibrated=False).model(**batch, **labels).loss is None
+
+
+# ---- a loss that is chosen by the labels' values ----
+
+
+@pytest.fixture(scope="module")
+def choosing() -> tuple[Any, Any]:
+    from transformers import DebertaConfig, DebertaForSequenceClassification
+
+    from quantsim import QuantSim
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = DebertaForSequenceClassification(DebertaConfig(**sizes, max_position_embeddings=32)).eval()
+    return model, QuantSim(model)
+
+
+def test_a_loss_chosen_by_the_values_of_labels_is_that_of_their_kind(choosing: tuple[Any, Any]) -> None:
+    model, sim = choosing
+    batch = {"input_ids": torch.randint(3, VOCAB, (4, 9)), "labels": torch.tensor([0, 1, 1, 0])}
+    expected, actual = model(**batch), sim.model(**batch)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    assert sim.model.config.problem_type is None

@@ -6,8 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from quantsim import ConfigError, Placement, QuantConfig, QuantSpec, Rule, clamp_mask, place
+from quantsim import ConfigError, Placement, QuantConfig, QuantSpec, Rule, clamp_mask, place, trace
 from quantsim.graph.place import FROM_IDS
 from tests.tiny import HEADS, tiny_graph, tiny_sim
 
@@ -242,3 +245,28 @@ def test_an_output_with_another_user_is_not_fused() -> None:
 
 def test_ops_in_another_order_are_no_supergroup() -> None:
     assert left_inside(("gelu", "tanh"), ("add", "linear")) == []
+
+
+# ---- values that are hidden outside an attention ----
+
+
+@pytest.mark.parametrize("how", ["add", "fill", "where"])
+def test_logits_that_a_mask_hides_have_no_grid(how: str) -> None:
+    class Hides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = PretrainedConfig()
+            self.word, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+        def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+            logits, hidden = self.head(self.word(input_ids)), (input_ids < 5)[..., None]
+            if how == "add":
+                return {"logits": logits + hidden.float() * torch.finfo(torch.float32).min}
+            if how == "fill":
+                return {"logits": logits.masked_fill(hidden, -1e9)}
+            return {"logits": torch.where(hidden, -torch.inf, logits).clamp(min=-3e38)}
+
+    placements = place(trace(Hides().eval(), {"input_ids": torch.randint(0, 20, (2, 6))}), QuantConfig.preset("aimet"))
+    hidden = [p for p in placements if p.attention == "hidden_values"]
+    assert [p.reason for p in hidden] == ["some of its values are hidden behind a large number"]
+    assert find(placements, "head.output").spec is not None

@@ -16,7 +16,7 @@ from quantsim.graph.roles import MASK_ADD, MASK_FILL, Roles
 from tests.tiny import clone, tiny_batch, tiny_bert, tiny_graph, tiny_sim
 
 LOWEST = torch.finfo(torch.float32).min
-WRITTEN = ["add", "masked_fill", "masked_fill_", "where hidden", "where kept"]
+WRITTEN = ["add", "subtract", "masked_fill", "masked_fill_", "masked_fill_ expanded", "where hidden", "where kept"]
 
 
 class Attention(nn.Module):
@@ -32,6 +32,10 @@ class Attention(nn.Module):
     def mask(self, scores: Tensor, hidden: Tensor) -> Tensor:
         if self.written == "add":
             return scores + hidden.to(scores.dtype) * self.value
+        if self.written == "subtract":
+            return scores - hidden.to(scores.dtype) * -self.value
+        if self.written == "masked_fill_ expanded":
+            return scores.masked_fill_(hidden.expand_as(scores), self.value)
         if self.written == "masked_fill":
             return scores.masked_fill(hidden, self.value)
         if self.written == "masked_fill_":

@@ -11,8 +11,8 @@ from tabulate import tabulate
 from torch import Tensor, fx
 
 from quantsim.config import ConfigError, near
-from quantsim.graph.place import weight_chains
 from quantsim.graph.roles import KEEPS_GRID, Roles
+from quantsim.graph.weights import weight_chains
 from quantsim.rewrites.integer_training.config import IntegerConfig, Kind
 from quantsim.rewrites.integer_training.convolution import convolution
 from quantsim.rewrites.integer_training.embedding import embedding
