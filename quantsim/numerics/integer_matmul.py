@@ -54,8 +54,8 @@ def integer_matmul(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:
     Raises:
         FixedPointError: more than ``2**22`` terms a sum.
 
-    >>> integer_matmul(torch.tensor([[32767, -32767]], dtype=torch.int16), torch.tensor([[127], [-127]], dtype=torch.int8), 16, 8)
-    tensor([[8322818.]], dtype=torch.float64)
+    >>> int(integer_matmul(torch.tensor([[32767, -32767]], dtype=torch.int16), torch.tensor([[127], [-127]], dtype=torch.int8), 16, 8))
+    8322818
     """
     k = a.shape[-1]
     if k > LARGEST_K:
