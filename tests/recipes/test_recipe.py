@@ -113,10 +113,11 @@ def test_flags_without_sense_are_refused(words: list[str]) -> None:
 
 
 def test_every_config_has_its_recipe() -> None:
-    found = {path.parent.name + "_" + path.stem for path in RECIPES}
+    quantized = [path for path in RECIPES if path.parent.name.startswith("bert_")]
+    found = {path.parent.name + "_" + path.stem for path in quantized}
     assert set(MODEL_CONFIGS) <= found
     assert {f"bert_{bits}_{task}" for bits in ("w4a8", "w8a16") for task in ("rte", "stsb")} <= found
-    for path in RECIPES:
+    for path in quantized:
         recipe = read_recipe(path)
         bits = re.fullmatch(r"bert_w(\d+)a(\d+)", path.parent.name)
         assert bits is not None
