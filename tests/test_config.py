@@ -16,7 +16,7 @@ PRESETS = QuantConfig.presets()
 
 
 def test_the_presets_are_these() -> None:
-    assert PRESETS == ["aimet", "aimet_per_tensor", "bondarenko", "deploy"]
+    assert PRESETS == ["aimet", "aimet_per_tensor", "bondarenko", "deploy", "ibert"]
 
 
 @pytest.mark.parametrize("name", PRESETS)

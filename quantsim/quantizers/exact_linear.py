@@ -51,7 +51,7 @@ class ExactLinear(nn.Module):
         return multiply(product, x)
 
     def _on_integers(self, x: Tensor, weight: Tensor) -> bool:
-        if self.training or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        if self.training or x.is_meta or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             return False
         quantized = fits_int8(*self.quantizers) and all(quantizer.calibrated for quantizer in self.quantizers)
         return quantized and x.dtype == weight.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
