@@ -20,6 +20,9 @@ def clamp_mask(graph: fx.GraphModule, value: float) -> fx.GraphModule:
 
     Source: AIMET model zoo, BERT, which uses −6: an 8-bit grid over scores and mask keeps its steps for the scores.
 
+    A window of attention or a causal order is a mask too. What is hidden keeps ``exp(value)`` of its weight, which adds up where
+    hundreds of tokens are hidden: give a lower value there.
+
     Args:
         value: negative.
     """

@@ -114,6 +114,13 @@ model of two narrow layers, preset `aimet`. A class is green when its trace is t
 quantizer or a reason to have none, every learned matrix one weight quantizer wherever it is used, every attention's mask is clamped,
 calibration, a training step and save and load work, and all quantizers off is the model again, bit for bit. Nothing in the library
 knows a family by name. Counts are those of the first green class.
+
+The column "mask" says how it is written: a large number added to hidden scores or filled in for them, or a mask of constants. A window
+of attention and a causal order are masks too, and at −6 what they hide keeps e⁻⁶ of its weight. That adds up: where a window hides
+hundreds of tokens, give a lower number (`replace(QuantConfig.preset("aimet"), mask_clamp=-12.0)`).
+
+"Traced as it evaluates": the training forward of the model cannot be traced. Its dropout layers stay live; stochastic depth, running
+statistics and other things of training alone are left out, and a warning says so.
 """
 
 

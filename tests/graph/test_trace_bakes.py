@@ -71,8 +71,8 @@ def test_tensors_of_numbers_are_buffers_that_are_not_saved(example: dict[str, Te
     assert set(sim.model.state_dict()) - set(model.state_dict()) == {
         name for name in sim.model.state_dict() if name.startswith("quantizers.")
     }
-    sim.model.to("meta")
-    assert sim.model(x=torch.empty(2, 3, 4, device="meta"))["logits"].device.type == "meta"
+    assert {x.device.type for x in sim.model.to("meta").buffers()} == {"meta"}, "constants move with the model"
+    assert graph.to("meta")(x=torch.empty(2, 3, 4, device="meta"))["logits"].device.type == "meta"
 
 
 @pytest.mark.parametrize("inner", [DropsLayers, KeepsStatistics], ids=lambda c: c.__name__)
