@@ -39,7 +39,7 @@ from quantsim.rewrites.clamp_mask import clamp_mask
 from quantsim.rewrites.exact_products import exact_products
 from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers, weights_of
 from quantsim.rewrites.integer_only import ForceDequant, integer_only
-from quantsim.rewrites.integer_only.training import IntegerTraining
+from quantsim.rewrites.integer_only.training import IntegerOnlyTraining
 from quantsim.rewrites.lower_int8 import lower_int8
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class QuantSim:
         return IntegerModel(self.model, graph, self.config, self.quantizers, fallback)
 
     @contextmanager
-    def integer_training(self, force_dequant: ForceDequant = "none") -> Iterator[None]:
+    def integer_only_training(self, force_dequant: ForceDequant = "none") -> Iterator[None]:
         """Inside the ``with`` block, ``sim.model`` gives what :meth:`integer_only` would, bit for bit, with straight-through gradients.
 
         For integer-only fine-tuning (I-BERT's third stage). Weights and learning ranges are read anew at each forward; dropout does
@@ -324,7 +324,7 @@ class QuantSim:
         """
         forward = self.model.__dict__["forward"]
         kernel = not missing_for_int8(next(self.model.parameters()).device)
-        forward.graph = IntegerTraining(self.graph, force_dequant, kernel=kernel)
+        forward.graph = IntegerOnlyTraining(self.graph, force_dequant, kernel=kernel)
         try:
             yield
         finally:

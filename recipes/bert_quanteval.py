@@ -25,6 +25,7 @@ from quantsim.config import near
 from recipes.artifacts import Artifact, resolve
 from recipes.backends import BACKENDS
 from recipes.data import DataSource, MissingSplitError, encode, load_rows, rows_sha256
+from recipes.devices import usable_device
 from recipes.evaluation import Evaluation, evaluate
 from recipes.hub import go_offline
 from recipes.results import SplitResult, document, notes, prepare_folder, table, write
@@ -114,7 +115,7 @@ def run(arguments: Arguments) -> None:
     if arguments.offline:
         go_offline()
     set_seed(arguments.seed)
-    device = _device(arguments.device)
+    device = usable_device(arguments.device)
     artifact = resolve(arguments.model_config, arguments.checkpoint, task, arguments.base_model)
     folder = prepare_folder(arguments.output_dir)
     splits, missing = _load_splits(task, arguments)
@@ -164,15 +165,6 @@ def _load_splits(task: Task, arguments: Arguments) -> tuple[Splits, list[str]]:
     if not found:
         raise next(iter(missing.values()))
     return found, list(missing)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RecipeError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
-    return device
 
 
 def _quiet() -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from quantsim.config import near
@@ -80,20 +79,6 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number from 1")
     return int(text)
-
-
-def usable_device(name: str) -> torch.device:
-    """A device by name, if tensors can be put there.
-
-    Raises:
-        CommandError: they cannot.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
-    return device
 
 
 def progress(steps: Iterable[T], title: str, total: int) -> Iterable[T]:

@@ -12,7 +12,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from quantsim.cli.command import Answer, Command, CommandError, progress, usable_device
+from quantsim.cli.command import Answer, Command, CommandError, progress
 from quantsim.cli.data import LABELS, VALIDATION, Data, batches, check_vocabulary, data_arguments, find_data, row_length, takes_text
 from quantsim.cli.fidelity import nearness
 from quantsim.cli.models import Source, find_source
@@ -46,6 +46,8 @@ class Contestant:
 
 
 def run(args: argparse.Namespace) -> Answer:
+    from recipes.devices import usable_device
+
     device = usable_device(args.device)
     source = find_source(args.model)
     contestants = [_contestant(source, args.backend, device)]

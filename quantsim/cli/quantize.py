@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from torch import nn
 
 from quantsim import QuantConfig, QuantSim
-from quantsim.cli.command import Answer, Command, CommandError, count, one_of, progress, usable_device
+from quantsim.cli.command import Answer, Command, CommandError, count, one_of, progress
 from quantsim.cli.data import TRAINING, Data, batches, check_vocabulary, data_arguments, drawn, find_data, row_length, takes_text
 from quantsim.cli.models import Source, find_source, simulate
 from quantsim.cli.output import check_output, output_arguments, written_whole
@@ -83,6 +83,8 @@ def calibrated(
 def run(args: argparse.Namespace) -> Answer:
     check_output(args.output, args.overwrite, folder=True)
     config = config_of(args)
+    from recipes.devices import usable_device
+
     device = usable_device(args.device)
     source = find_source(args.model)
     if source.load_simulation is not None and not source.is_card:

@@ -60,13 +60,18 @@ def prove(graph: fx.GraphModule, model: nn.Module, batch: Batch) -> None:
         )
 
 
+def _is_fixed(size: int | torch.SymInt) -> bool:
+    """The trace holds for this size alone: a plain number, or a symbol that export has found to be one."""
+    return isinstance(size, int) or size.node.expr.is_number
+
+
 def _fixed_sizes(graph: fx.GraphModule, batch: Batch) -> str:
     """Which sizes of the batch the trace has fixed at others."""
     fixed = [
         f"axis {axis} of {node.target} at {size}"
         for node in graph.graph.find_nodes(op="placeholder")
         for axis, size in enumerate(node.meta["val"].shape)
-        if isinstance(size, int) and size != batch[str(node.target)].shape[axis]
+        if _is_fixed(size) and size != batch[str(node.target)].shape[axis]
     ]
     return f", for the model's code fixes {' and '.join(fixed)}" if fixed else ""
 

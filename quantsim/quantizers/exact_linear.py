@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quantsim.config import QuantSpec
 from quantsim.kernels.cpu import missing_for_int8
 from quantsim.kernels.edges import Grid, to_integers
 from quantsim.kernels.int8_linear import Int8Linear
@@ -75,9 +76,13 @@ class ExactLinear(nn.Module):
 
 
 def fits_int8(x: FakeQuantizer, weight: WeightQuantizer) -> bool:
-    """An activation with one range, and a symmetric weight with one range or one for each output channel."""
-    of_weight = weight.spec.symmetric and weight.spec.bits <= 8 and weight.spec.axis in (None, 0)
-    return of_weight and x.spec.bits <= 8 and x.spec.axis is None and not isinstance(x, WeightQuantizer)
+    """An activation of at most 8 bits with one range, and a weight that an integer product takes."""
+    return is_int8_weight(weight.spec) and x.spec.bits <= 8 and x.spec.axis is None and not isinstance(x, WeightQuantizer)
+
+
+def is_int8_weight(spec: QuantSpec) -> bool:
+    """Symmetric, at most 8 bits, one range or one for each output channel (axis 0 of ``[out, in]``)."""
+    return spec.symmetric and spec.bits <= 8 and spec.axis in (None, 0)
 
 
 def multiply(product: Int8Linear, x: Tensor) -> Tensor:

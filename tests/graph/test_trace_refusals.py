@@ -52,6 +52,12 @@ class FixesItsBatch(Tiny):
         return {"logits": self.linear(x).view(2, 12, 4)}
 
 
+class TakesTwoApart(Tiny):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.linear(x)
+        return {"logits": y.view(2, 12, 4) if x.shape[:2] == (2, 12) else y}
+
+
 class LongIsDoubled(Tiny):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         y = self.linear(x)
@@ -94,6 +100,11 @@ def test_hidden_state_shows_both_outputs(model_class: type[Tiny], example: dict[
 def test_a_model_that_fails_on_another_shape_is_a_trace_error(example: dict[str, Tensor]) -> None:
     with pytest.raises(TraceError, match=r"FixesItsBatch: the model itself fails on inputs .*shape '\[2, 12, 4\]' is invalid"):
         trace(FixesItsBatch().eval(), example)
+
+
+def test_says_which_sizes_were_fixed(example: dict[str, Tensor]) -> None:
+    with pytest.raises(TraceError, match=r"TakesTwoApart: the traced graph fails on inputs .*the model's code fixes axis 0 of x at 2: "):
+        trace(TakesTwoApart().eval(), example)
 
 
 @pytest.mark.parametrize(("model_class", "size"), [(LongIsDoubled, 8), (VeryLongIsDoubled, 30)], ids=["below", "above"])

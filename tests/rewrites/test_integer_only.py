@@ -146,7 +146,7 @@ def test_every_edge_in_8_bits_makes_tables():
     assert calls(integers.graph, look_up) == 3
     assert calls(integers.graph, i_gelu) == calls(integers.graph, i_tanh) == 0
     assert find_floats(integers.graph, batch_of()) == []
-    with sim.integer_training(), torch.no_grad():  # without tables
+    with sim.integer_only_training(), torch.no_grad():  # without tables
         expected = sim.model(**batch_of()).logits
     assert torch.equal(integers.model(**batch_of()).logits, expected)
 
@@ -334,7 +334,7 @@ def test_training_form_and_integer_graph_agree_bit_for_bit(family):
     sim = simulated(family)
     for seed in range(3):
         batch = batch_of(3, 5 + 4 * seed, seed)
-        with sim.integer_training():
+        with sim.integer_only_training():
             found = sim.model(**batch).logits
         assert found.requires_grad
         assert torch.equal(found, sim.integer_only().model(**batch).logits)
@@ -347,7 +347,7 @@ def test_they_agree_while_it_is_trained(family):
     sim.model.train()
     optimizer = torch.optim.AdamW([p for p in sim.model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
-    with sim.integer_training():
+    with sim.integer_only_training():
         for _ in range(8):
             loss = sim.model(**batch_of(), labels=labels).loss
             loss.backward()

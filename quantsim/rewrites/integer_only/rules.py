@@ -29,6 +29,7 @@ from quantsim.numerics.polynomial import (
     norm_constants,
     norm_scale,
 )
+from quantsim.quantizers.exact_linear import is_int8_weight
 from quantsim.quantizers.fake_quantizer import WeightQuantizer
 from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.rewrites.integer_only.builder import Builder, unsupported
@@ -81,9 +82,8 @@ def linear(b: Builder, node: fx.Node) -> Value:
     quantizer = quantizer_of(source, b.source)
     if not isinstance(quantizer, WeightQuantizer):
         raise unsupported(node, "its weight has no quantizer; integer products need one: symmetric, 8 bits or fewer")
-    spec = quantizer.spec
-    if not spec.symmetric or spec.bits > 8 or spec.axis not in (None, 0):
-        raise unsupported(node, f"{quantizer.name} is {spec}; an integer product needs symmetric weights of 8 bits or fewer")
+    if not is_int8_weight(quantizer.spec):
+        raise unsupported(node, f"{quantizer.name} is {quantizer.spec}; an integer product needs symmetric weights of 8 bits or fewer")
     params = quantizer.affine_params()
     q = quantize(constant(b, node, WEIGHTS["linear"].index), params).to(torch.int8)  # [out, in]
     wide = q.double()

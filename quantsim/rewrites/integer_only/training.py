@@ -16,7 +16,7 @@ from quantsim.kernels.edges import from_integers
 from quantsim.rewrites.integer_only import Converted, ForceDequant, convert
 
 
-class IntegerTraining:
+class IntegerOnlyTraining:
     """Called like the simulation's graph; returns the integer graph's outputs with the simulation's gradients.
 
     Dropout does nothing here: the integer graph has none. Costs the simulation's forward, the integer one's, and building that.

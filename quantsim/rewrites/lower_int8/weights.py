@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from quantsim.graph.roles import WEIGHTS, op_of
 from quantsim.kernels.edges import COMPUTES, Grid, from_integers, rows_from_integers
 from quantsim.numerics.affine import quantize
+from quantsim.quantizers.exact_linear import is_int8_weight
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.rewrites.insert_quantizers import evaluate
@@ -43,10 +44,9 @@ def freeze_weights(graph: fx.GraphModule) -> None:
 
 
 def takes_int8(user: fx.Node, weight: fx.Node, quantizer: FakeQuantizer, graph: fx.GraphModule) -> bool:
-    """A linear whose weight an integer product takes: symmetric, at most 8 bits, one range or one for each output channel."""
-    spec = quantizer.spec
-    fits = spec.symmetric and spec.bits <= 8 and spec.axis in (None, 0)
-    return fits and op_of(user, graph) == "linear" and user.args[WEIGHTS["linear"].index] is weight and user.args[0] is not weight
+    """A linear whose weight an integer product takes."""
+    reads_it = op_of(user, graph) == "linear" and user.args[WEIGHTS["linear"].index] is weight and user.args[0] is not weight
+    return reads_it and is_int8_weight(quantizer.spec)
 
 
 def _frozen_look_up(graph: fx.GraphModule, look_up: fx.Node, quantizer: FakeQuantizer) -> fx.Node:
