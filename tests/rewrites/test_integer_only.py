@@ -366,7 +366,7 @@ def test_gradients_reach_everything_and_are_the_simulations_where_values_are():
     def gradients(integers: bool) -> dict[str, Tensor]:
         sim.model.zero_grad()
         if integers:
-            with sim.integer_training("nonlinear"):
+            with sim.integer_only_training("nonlinear"):
                 sim.model(**batch_of()).logits.square().sum().backward()
         else:
             sim.model(**batch_of()).logits.square().sum().backward()
