@@ -13,8 +13,9 @@ from torch import Tensor
 
 from quantsim.numerics.affine import AffineParams
 
-EDGE, GRID, COMPUTES = "edge", "grid", "computes"
-"""What a lowered graph's nodes carry in ``meta``: the quantized edge that they give, its grid, and the edge that they compute."""
+EDGE, GRID, COMPUTES, SHAPE = "edge", "grid", "computes", "shape"
+"""What a lowered graph's nodes carry in ``meta``: the quantized edge that they give, its grid, the edge that they compute, and the shape
+of integers that were moved."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,29 @@ def affine_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, kernel: bool) 
     return product
 
 
+EXACT_TERMS = 2**24 // (255 * 255)  # 258
+
+
+def scaled_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, scale_a: float, scale_b: float) -> Tensor:
+    """``(((a - zero_a) @ (b - zero_b)) * scale_a) * scale_b`` in float32, for int8 or uint8 on either side; the sum is exact."""
+    return exact_matmul(a.float().sub_(zero_a), b.float().sub_(zero_b)).mul_(scale_a).mul_(scale_b)
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of integers in float32, none above 255 in size: the exact sum, rounded once.
+
+    A float32 holds every integer up to ``2**24``, so sums of 258 terms are exact in any order; of more, such parts are added
+    in float64.
+    """
+    if a.shape[-1] <= EXACT_TERMS:
+        return a @ b
+    parts = zip(torch.split(a, EXACT_TERMS, -1), torch.split(b, EXACT_TERMS, -2), strict=True)
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for x, y in parts:
+        total = total + (x @ y)
+    return total.float()
+
+
 @torch.library.custom_op("quantsim::int8_matmul", mutates_args=())
 def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     if a.shape[-1] > LARGEST_SUM:

@@ -5,57 +5,49 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from quantsim.config import QuantSpec
 from quantsim.kernels.cpu import missing_for_int8
 from quantsim.kernels.edges import Grid, to_integers
 from quantsim.kernels.int8_linear import Int8Linear
+from quantsim.quantizers.exact_product import ExactProduct
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 
 
-class ExactLinear(nn.Module):
-    """``x @ weight.T + bias``, where both come from quantizers of at most 8 bits: ``x = r_x * s_x``, ``weight = r_w * s_w``.
+class ExactLinear(ExactProduct):
+    """``x @ weight.T + bias``, where ``x = r_x * s_x`` and ``weight = r_w * s_w``.
 
     In evaluation the sum runs over integers, and is rounded three times in an order that is fixed::
 
         y = ((r_x @ r_w.T) * s_x) * s_w + bias
 
-    so it does not depend on the number of threads, the batch or the machine, and is to the bit what the lowered model's kernel
-    gives. Where that kernel is exact it does the work here too, several times faster than floats. In training, under autocast
-    or ``torch.compile``, in other types than float32, and while a quantizer is off it is the floating-point linear.
+    Where the lowered model's kernel is exact it does the work here too, several times faster than floats.
 
     Args:
-        x, weight: the quantizers on whose grids the inputs of :meth:`forward` lie; they stay the graph's own.
-
-    Attributes:
-        quantizers: the two.
+        x, weight: the quantizers on whose grids the inputs of :meth:`forward` lie.
     """
 
-    op = "linear"  # what ``quantsim.graph.roles.op_of`` calls it
+    op = "linear"
 
     def __init__(self, x: FakeQuantizer, weight: WeightQuantizer) -> None:
-        super().__init__()
-        self.quantizers = (x, weight)  # in a tuple, for they are not submodules of this one
+        super().__init__(x, weight)
         self._packed: tuple[Tensor, Int8Linear] | None = None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` → ``[..., out]``."""
-        if not self._on_integers(x, weight):
+        if not (self.on_integers(x, weight) and fits_int8(*self.quantizers) and x.ndim > 1):
             self._packed = None
-            return functional.linear(x, weight, bias)
+            return self.in_float(x, weight, bias)
         with torch.no_grad():
             product = self._product(weight, None if bias is None else bias.detach())
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
             return _Product.apply(x, weight, bias, product)  # type: ignore[no-any-return, no-untyped-call]
         return multiply(product, x)
 
-    def _on_integers(self, x: Tensor, weight: Tensor) -> bool:
-        if self.training or x.is_meta or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
-            return False
-        quantized = fits_int8(*self.quantizers) and all(quantizer.calibrated for quantizer in self.quantizers)
-        return quantized and x.dtype == weight.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
+    def in_float(self, *args: Tensor | None) -> Tensor:
+        return functional.linear(*args)  # type: ignore[arg-type]
 
     def _product(self, weight: Tensor, bias: Tensor | None) -> Int8Linear:
         """The weight packed, once for as long as its quantizer gives the same tensor."""

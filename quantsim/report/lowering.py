@@ -11,11 +11,13 @@ from torch import Tensor, fx
 
 from quantsim.graph.roles import op_of
 from quantsim.kernels.edges import COMPUTES, from_integers, look_up, on_grid, rows_from_integers, to_integers
+from quantsim.kernels.int8_attention import Int8Attention, missing_for_attention
 from quantsim.kernels.int8_linear import Int8Linear
+from quantsim.kernels.int8_matmul import scaled_matmul
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
 
 REASONS = {
-    "matmul": "torch has no batched product of integers",
+    "matmul": "a side is no 8-bit edge",
     "linear": "what comes in is no 8-bit edge, or its weight is no symmetric 8-bit one",
     "softmax": "exponentials are computed in float32",
     "layer_norm": "mean and variance are computed in float32",
@@ -28,7 +30,8 @@ class LoweredEdge(NamedTuple):
 
     Attributes:
         name: of the edge, or of the edges that one kernel computes.
-        kernel: ``"int8 product"``, ``"table"``, ``"int8 rows"``, or ``"float32 <op>"``.
+        kernel: ``"int8 product"``, ``"int8 attention"``, ``"table"``, ``"int8 rows"``, ``"exact float32 matmul"``, or
+            ``"float32 <op>"``.
         stored: the type that the next op reads: ``"uint8"``, ``"int8"``, ``"float32"``.
         note: what runs inside the kernel, or why it is none of integers.
     """
@@ -73,6 +76,13 @@ def _edges(graph: fx.GraphModule) -> Iterator[LoweredEdge]:
             yield _product(node, module)
         elif isinstance(module, FakeQuantizer):
             yield LoweredEdge(module.name, "fake quantizer", "float32", f"{module.spec}: integers in storage are 8-bit and per tensor")
+        elif isinstance(module, Int8Attention):
+            stored = str(module.grids.context.dtype).removeprefix("torch.")
+            yield LoweredEdge(node.meta[COMPUTES], "int8 attention", stored, "scores, mask, softmax and context in one kernel")
+        elif node.target is scaled_matmul:
+            yield LoweredEdge(
+                node.meta[COMPUTES], "exact float32 matmul", _stored(node), missing_for_attention() or "no attention of 8 bits throughout"
+            )
         elif node.target is look_up:
             yield LoweredEdge(node.meta[COMPUTES], "table", _stored(node), "256 entries at most")
         elif COMPUTES in node.meta and node.target not in (to_integers, from_integers, rows_from_integers, on_grid):

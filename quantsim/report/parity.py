@@ -25,7 +25,7 @@ class EdgeParity:
         name: the placement's.
         values: how many were compared.
         largest_difference: between the two graphs before requantization, in steps of the edge's grid; ``nan`` where the
-            lowered graph never has the value (a table).
+            lowered graph never has the value (a table, an attention of integers).
         off_by_one, off_by_more: requantized values that are one step apart, and more than one.
     """
 
@@ -208,7 +208,7 @@ class _LoweredWalk(fx.Interpreter):
             return self.unrequantized[n]
         source = n.args[0]
         assert isinstance(source, fx.Node)
-        if n.target in (to_integers, on_grid) or n.op == "call_module":
+        if n.target in (to_integers, on_grid) or (n.op == "call_module" and isinstance(self.fetch_attr(str(n.target)), FakeQuantizer)):
             value = self.env[source]
             return value if isinstance(value, Tensor) else None
         if n.target is operator.getitem:  # one of the layers in a product

@@ -9,9 +9,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
-from quantsim.quantizers.exact_linear import ExactLinear
+from quantsim.quantizers.exact_product import ExactProduct
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
 from quantsim.quantizers.in_graph import quantizer_of
 
@@ -89,8 +88,8 @@ class Walk(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(str(target))
-        if isinstance(module, ExactLinear) and not all(map(self._quantizes, module.quantizers)):
-            return functional.linear(*args, **kwargs)
+        if isinstance(module, ExactProduct) and not all(map(self._quantizes, module.quantizers)):
+            return module.in_float(*args)
         if not isinstance(module, FakeQuantizer):
             return super().call_module(target, args, kwargs)
         x: Tensor = args[0]

@@ -22,7 +22,7 @@ from quantsim.formats.onnx.edges import bias_at
 from quantsim.formats.onnx.extra import OnnxError
 from quantsim.graph.roles import op_of, resolve
 from quantsim.graph.trace import or_filled
-from quantsim.quantizers.exact_linear import ExactLinear
+from quantsim.quantizers.exact_product import ExactProduct
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 
 if TYPE_CHECKING:
@@ -66,8 +66,10 @@ def marked_graph(
                 constants[f"computed.{module.name}"] = weights[module].detach()
                 x = new.get_attr(f"computed.{module.name}")
             copies[node] = new.call_function(mark, (x, module.name))
-        elif isinstance(module, ExactLinear):
-            copies[node] = new.call_function(torch.ops.aten.linear.default, *fx.map_arg((node.args, node.kwargs), copies.__getitem__))
+        elif isinstance(module, ExactProduct):
+            copies[node] = new.call_function(
+                getattr(torch.ops.aten, module.op).default, *fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+            )
         elif node.op == "output":
             outputs = dict(leaves(node.args[0]))
             names = list(outputs)

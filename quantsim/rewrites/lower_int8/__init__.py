@@ -1,6 +1,6 @@
 """A calibrated simulation → a graph that computes on the integers it simulates.
 
-The order of the work is the order of the files: edges become integers in storage, linears products of integers, requantization
+The order of the work is the order of the files: edges become integers in storage, linears and matmuls products of integers, requantization
 and GELU go into the products, products of the same edge become one, functions of an 8-bit edge become tables, and attention
 without quantizers in it one kernel. What has no integer kernel stays as it was simulated.
 """
@@ -14,7 +14,9 @@ from torch import fx
 
 from quantsim.graph.place import FROM_IDS, Placement
 from quantsim.rewrites.lower_int8.attention import fuse_attention
+from quantsim.rewrites.lower_int8.attention_int8 import attention_to_integers
 from quantsim.rewrites.lower_int8.edges import edges_to_integers, forget_unread_integers, sink_dequantize
+from quantsim.rewrites.lower_int8.matmuls import matmuls_to_integers
 from quantsim.rewrites.lower_int8.products import linears_to_integers, merge_products, requantize_in_products
 from quantsim.rewrites.lower_int8.tables import functions_to_tables
 from quantsim.rewrites.lower_int8.weights import freeze_weights
@@ -45,11 +47,14 @@ def lower_int8(graph: fx.GraphModule, placements: Sequence[Placement], packs: bo
     freeze_weights(lowered)
     sink_dequantize(lowered)
     linears_to_integers(lowered, packs)
+    matmuls_to_integers(lowered)
     if not exact:
         requantize_in_products(lowered)
     merge_products(lowered)
     functions_to_tables(lowered)
     if not exact:
+        if packs:
+            attention_to_integers(lowered)
         fuse_attention(lowered)
     forget_unread_integers(lowered)
     return finish(lowered)

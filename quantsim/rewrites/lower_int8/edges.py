@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from quantsim.graph.roles import KEEPS_GRID, op_of
-from quantsim.kernels.edges import EDGE, GRID, Grid, from_integers, on_grid, to_integers
+from quantsim.kernels.edges import EDGE, GRID, SHAPE, Grid, from_integers, on_grid, to_integers
 from quantsim.quantizers.fake_quantizer import WeightQuantizer
 from quantsim.quantizers.in_graph import quantizer_of
 
@@ -57,7 +57,8 @@ def sink_dequantize(graph: fx.GraphModule) -> None:
                 back = dequantize(graph, moved, grid)
             for user in users:
                 user.replace_input_with(moved, back)
-            moved.meta = {k: v for k, v in moved.meta.items() if k != "val"} | {GRID: grid}
+            shape = moved.meta["val"].shape
+            moved.meta = {k: v for k, v in moved.meta.items() if k != "val"} | {GRID: grid, SHAPE: shape}
 
 
 def _tensors_from(node: fx.Node, graph: fx.GraphModule) -> Iterator[fx.Node]:
