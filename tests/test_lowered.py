@@ -95,7 +95,8 @@ def test_printed(tmp_path):
     text = str(tiny_sim().lower())
     assert "10 int8 product" in text.splitlines()[0]
     assert "query.output + bert.encoder.layer.0.attention.self.key.output + " in text
-    assert "torch has no batched product of integers" in text
+    assert "4 exact float32 matmul" in text.splitlines()[0]
+    assert "no attention of 8 bits throughout" in text
     assert repr(tiny_sim().lower()).startswith("LoweredModel(BertForSequenceClassification, aimet: ")
 
 

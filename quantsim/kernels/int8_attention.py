@@ -58,7 +58,7 @@ class Int8Attention(nn.Module):
         self.register_buffer("numbers", torch.tensor(list(_numbers(grids)), dtype=torch.float64), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``[batch, heads, queries, depth]``, twice ``[batch, heads, keys, depth]``, and a mask that is added, of a shape that broadcasts."""
+        """``[batch, heads, queries, depth]``, twice ``[batch, heads, keys, depth]``, and a mask that is added and broadcast."""
         out: Tensor = _attention(q, k, v, mask, self.numbers, self.grids.context.quant_min < 0)
         return out
 

@@ -67,7 +67,7 @@ class ExactLinear(ExactProduct):
         return self.__dict__ | {"_packed": None}  # a copy packs its own
 
 
-def fits_int8(x: FakeQuantizer, weight: WeightQuantizer) -> bool:
+def fits_int8(x: FakeQuantizer, weight: FakeQuantizer) -> bool:
     """An activation of at most 8 bits with one range, and a weight that an integer product takes."""
     return is_int8_weight(weight.spec) and x.spec.bits <= 8 and x.spec.axis is None and not isinstance(x, WeightQuantizer)
 

@@ -8,11 +8,12 @@ from torch import nn
 
 from quantsim import QuantConfig, QuantSim, Rule
 from quantsim.quantizers.exact_linear import ExactLinear
+from quantsim.quantizers.exact_matmul import ExactMatmul
 from tests.tiny import HEADS, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_sim
 
 
-def exact(sim: QuantSim) -> list[str]:
-    return [name for name, module in sim.model.named_modules() if isinstance(module, ExactLinear)]
+def exact(sim: QuantSim, kind: type[nn.Module] = ExactLinear) -> list[str]:
+    return [name for name, module in sim.model.named_modules() if isinstance(module, kind)]
 
 
 def test_every_linear_between_quantized_edges():
@@ -20,6 +21,14 @@ def test_every_linear_between_quantized_edges():
     linears = [f"products.{name}.weight" for name, module in tiny_bert().named_modules() if isinstance(module, nn.Linear)]
     assert sorted(exact(sim)) == sorted(linears)
     assert not sim.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+
+
+def test_both_products_of_every_attention():
+    sim, at = tiny_sim(), "products.bert.encoder.layer.{}.attention.self.{}.matmul"
+    sides = ("query.output", "softmax")
+    assert sorted(exact(sim, ExactMatmul)) == [at.format(i, side) for i in (0, 1) for side in sides]
+    assert not sim.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    assert exact(tiny_sim(config="deploy"), ExactMatmul) == []
 
 
 def test_not_one_whose_input_has_16_bits():

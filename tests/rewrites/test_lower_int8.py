@@ -14,8 +14,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from quantsim import LoweringError, QuantConfig, QuantSim, Rule, compare_lowered, lower_int8
 from quantsim.graph.roles import op_of
 from quantsim.kernels.edges import from_integers, look_up, on_grid, to_integers
+from quantsim.kernels.int8_attention import missing_for_attention
 from quantsim.kernels.int8_linear import Int8Linear
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
+from quantsim.rewrites.lower_int8 import attention_int8
 from tests.tiny import HEADS, VOCAB, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_config, tiny_sim
 
 PRESETS = QuantConfig.presets()
@@ -66,6 +68,35 @@ def test_aimet_has_no_linear_and_no_gelu_in_float():
     assert found["linear"] == found["gelu"] == found["tanh"] == 0
     assert found["look_up"] == 3  # two GELUs, a tanh
     assert found["FakeQuantizer"] == found["WeightQuantizer"] == found["Dropout"] == 0
+
+
+@pytest.mark.skipif(bool(missing_for_attention()), reason=missing_for_attention())
+@pytest.mark.parametrize("preset", ["aimet", "bondarenko"])
+def test_attention_of_8_bits_is_one_kernel(preset):
+    """Its heads are 16 wide, as the kernel asks; those of the other tests are not, and keep their ops."""
+    model = tiny_bert(hidden_size=32)
+    sim = QuantSim(model, preset)
+    sim.compute_encodings([tiny_batch()])
+    graph = lowered(sim)
+    found = calls(graph)
+    assert found["Int8Attention"] == 2
+    assert found["softmax"] == found["scaled_matmul"] == found["matmul"] == 0
+    same_as_simulated(sim, graph)
+    assert compare_lowered(sim.graph, graph, [tiny_batch()]).holds
+    assert (
+        calls(lowered(sim, packs=False))["Int8Attention"] == calls(lower_int8(sim.graph, sim.placements, exact=True))["Int8Attention"] == 0
+    )
+
+
+def test_attention_keeps_its_ops_where_the_kernel_does_not_run(monkeypatch):
+    monkeypatch.setattr(attention_int8, "missing_for_attention", lambda: "no compiler")
+    model = tiny_bert(hidden_size=32)
+    sim = QuantSim(model)
+    sim.compute_encodings([tiny_batch()])
+    graph = lowered(sim)
+    assert calls(graph)["Int8Attention"] == 0
+    assert calls(graph)["scaled_matmul"] == 4
+    same_as_simulated(sim, graph)
 
 
 def test_deploy_keeps_floats_between_products_alone():

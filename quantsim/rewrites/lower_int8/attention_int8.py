@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import fx
@@ -52,58 +52,67 @@ def _attention(context: fx.Node, graph: fx.GraphModule) -> _Found | None:
     stored = _sole_user(context)
     if stored is None or stored.target is not to_integers:
         return None
-    probabilities, softmax = _behind_quantizer(context.args[0], stored_as_integers=True)
+    probabilities, softmax = _quantized(context.args[0])
     if probabilities is None or not _reads_once(softmax, "softmax", graph) or softmax.args[1] != -1:
         return None
     masked, x = _behind_quantizer(softmax.args[0])
-    mask = None
+    mask: object = None
     if _reads_once(x, "add", graph):
-        x, mask = x.args[:2]  # type: ignore[union-attr]
+        mask, x = x.args[1], x.args[0]
     scaled, x = _behind_quantizer(x)
-    factor, divides = 1.0, False
-    if isinstance(x, fx.Node) and op_of(x, graph) in ("mul", "div") and isinstance(x.args[1], (int, float)) and _sole_user(x):
-        factor, divides = float(x.args[1]), op_of(x, graph) == "div"
+    scores, factor, divides = scaled, 1.0, False
+    if _reads_once(x, "mul", graph) or _reads_once(x, "div", graph):
+        factor, divides = x.args[1], op_of(x, graph) == "div"  # type: ignore[assignment]
         scores, x = _behind_quantizer(x.args[0])
     else:
-        scores, scaled = scaled, None
-    if not isinstance(x, fx.Node) or x.target is not scaled_matmul or _sole_user(x) is None or not _fits(x, context, mask):
+        scaled = None
+    if not isinstance(factor, (int, float)) or not isinstance(x, fx.Node) or x.target is not scaled_matmul or _sole_user(x) is None:
+        return None
+    query, keys, value = x.args[0], x.args[1], context.args[1]
+    if not _fits(query, keys, value, mask):
         return None
     grids = AttentionGrids(
-        query=_grid(x, 0), key=_grid(x, 1), value=_grid(context, 1), scores=scores, factor=factor, divides=divides, scaled=scaled,
+        query=_grid(query), key=_grid(keys), value=_grid(value), scores=scores, factor=float(factor), divides=divides, scaled=scaled,
         masked=masked, probabilities=probabilities, context=stored.meta[GRID],
     )  # fmt: skip
-    return _Found(*x.args[:2], context.args[1], mask, grids, str(context.meta[COMPUTES]), stored)  # type: ignore[arg-type]
+    return _Found(query, keys, value, mask, grids, str(context.meta[COMPUTES]), stored)  # type: ignore[arg-type]
 
 
-def _behind_quantizer(node: object, stored_as_integers: bool = False) -> tuple[Grid | None, fx.Node | None]:
-    """The grid that the node's values are on, if it alone reads them from there, and what is quantized; else the node itself."""
-    stored = node if stored_as_integers else None
-    if isinstance(node, fx.Node) and node.target is from_integers and _sole_user(node) is not None:
-        stored = node.args[0]
+def _quantized(stored: object) -> tuple[Grid | None, object]:
+    """The grid of integers that one node alone reads, and what was quantized."""
     if isinstance(stored, fx.Node) and stored.target is to_integers and _sole_user(stored) is not None:
-        return stored.meta[GRID], stored.args[0]  # type: ignore[return-value]
-    return None, node if isinstance(node, fx.Node) else None
+        return stored.meta[GRID], stored.args[0]
+    return None, stored
 
 
-def _fits(scores: fx.Node, context: fx.Node, mask: object) -> bool:
+def _behind_quantizer(node: object) -> tuple[Grid | None, object]:
+    """The grid that values are read from, and what was quantized; ``None`` and the node itself where there is no quantizer."""
+    if isinstance(node, fx.Node) and node.target is from_integers and _sole_user(node) is not None:
+        grid, x = _quantized(node.args[0])
+        return (None, node) if grid is None else (grid, x)
+    return None, node
+
+
+def _fits(query: object, keys: object, value: object, mask: object) -> bool:
     """Four dimensions, a depth that the kernel takes, the same on each side, and a mask of floats."""
-    query, keys, value = (node.meta.get(SHAPE, ()) for node in (*scores.args[:2], context.args[1]))  # type: ignore[union-attr]
-    if not len(query) == len(keys) == len(value) == 4:
+    shapes = [node.meta.get(SHAPE, ()) for node in (query, keys, value) if isinstance(node, fx.Node)]
+    if [len(shape) for shape in shapes] != [4, 4, 4]:
         return False
-    depth = query[-1]
-    if not isinstance(depth, int) or depth % DEPTHS or depth > LARGEST_DEPTH or value[-1] != depth:
+    depth = shapes[0][-1]
+    if not isinstance(depth, int) or depth % DEPTHS or depth > LARGEST_DEPTH or shapes[2][-1] != depth:
         return False
     if mask is None:
         return True
     return isinstance(mask, fx.Node) and len(mask.meta["val"].shape) <= 4 and mask.meta["val"].dtype == torch.float32
 
 
-def _grid(product: fx.Node, side: int) -> Grid:
-    grid: Grid = product.args[side].meta[GRID]  # type: ignore[union-attr]
+def _grid(node: object) -> Grid:
+    assert isinstance(node, fx.Node)
+    grid: Grid = node.meta[GRID]
     return grid
 
 
-def _reads_once(node: object, op: str, graph: fx.GraphModule) -> bool:
+def _reads_once(node: object, op: str, graph: fx.GraphModule) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and op_of(node, graph) == op and not node.kwargs and _sole_user(node) is not None
 
 

@@ -18,8 +18,8 @@ def matmuls_to_integers(graph: fx.GraphModule) -> None:
         if not all(isinstance(side, fx.Node) and side.target is from_integers for side in node.args):
             node.op, node.target = "call_function", torch.ops.aten.matmul.default
             continue
-        a, b = (side.args[0] for side in node.args)  # type: ignore[union-attr]
-        of_a, of_b = (side.meta[GRID] for side in node.args)  # type: ignore[union-attr]
+        a, b = (side.args[0] for side in node.args)
+        of_a, of_b = (side.meta[GRID] for side in node.args)
         with graph.graph.inserting_before(node):
             numbers = (of_a.zero_point, of_b.zero_point, of_a.scale, of_b.scale)
             product = graph.graph.call_function(scaled_matmul, (a, b, *numbers))
