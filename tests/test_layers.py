@@ -1,4 +1,4 @@
-"""Imports run downwards only: hf → sim → lowered → report → rewrites, formats → quantizers → graph, kernels → numerics → config."""
+"""Imports run downwards only: hf → sim → lowered, post_training → report → rewrites, formats → quantizers → graph, kernels → the rest."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ LEVELS = {
     "formats": 4,
     "report": 5,
     "lowered": 6,
+    "post_training": 6,
     "integer_training": 6,
     "sim": 7,
     "hf": 8,

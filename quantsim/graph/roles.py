@@ -71,6 +71,9 @@ SIZES_ALONE = frozenset("sym_size sym_numel sym_stride sym_storage_offset getatt
 LIKE_ANOTHER = frozenset("expand_as reshape_as to type_as view_as".split())
 """Ops that read the values of their first input, and of another the shape or type alone."""
 
+UNSCALE = "scales."
+"""Where a graph keeps what ``quantsim.rewrites.scale_channels`` multiplies by again."""
+
 Source = Literal["parameter", "float_input", "ids"]
 
 
@@ -167,6 +170,11 @@ class Roles:
             node = node.all_input_nodes[0]
         return node if "parameter" in self.sources[node] else None
 
+    def unscales(self, node: fx.Node) -> bool:
+        """The node multiplies by the scales of a stream (``quantsim.rewrites.scale_channels``)."""
+        scale = node.args[1] if self.op[node] == "mul" else None
+        return isinstance(scale, fx.Node) and scale.op == "get_attr" and str(scale.target).startswith(UNSCALE)
+
     def mask_operand(self, node: fx.Node) -> int | None:
         """Which argument of a mask add is the mask (of ``scores - mask``, the second)."""
         for i, arg in enumerate(node.args[:2]):
@@ -261,6 +269,8 @@ class Roles:
 
     def _find_names(self) -> dict[fx.Node, str]:
         computing = [n for n in self.nodes if n.op == "call_function" and is_float(n) and not self.keeps_grid(n)]
+        unscaling = [n for n in computing if self.unscales(n)]
+        computing = [n for n in computing if n not in unscaling]
         paths = {module_path(n).split(".parametrizations")[0] for n in self.nodes if n.op in ("call_function", "call_module")}
         parents = {path.rsplit(".", i)[0] for path in paths for i in range(1, path.count(".") + 1)} | {""}
         calls: dict[tuple[str, str], int] = {}
@@ -272,6 +282,12 @@ class Roles:
             path = module_path(node)
             alone = path not in parents and calls[_call(node)] == 1
             name = ".".join(filter(None, (path, "output" if alone else self.op[node])))
+            taken[name] = taken.get(name, -1) + 1
+            names[node] = name if taken[name] == 0 else f"{name}_{taken[name]}"
+        for node in unscaling:
+            scale = node.args[1]
+            assert isinstance(scale, fx.Node)
+            name = str(scale.target).rpartition(".")[0]
             taken[name] = taken.get(name, -1) + 1
             names[node] = name if taken[name] == 0 else f"{name}_{taken[name]}"
         return names
