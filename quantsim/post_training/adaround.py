@@ -53,7 +53,9 @@ def learn_rounding(weight: Tensor, params: AffineParams, gram: Tensor, drift: Te
         optimizer = torch.optim.Adam([v], lr=LEARNING_RATE)
         for step in range(steps):
             up = _stretched_sigmoid(v)
-            loss = (error((down + up).clamp(low, high)) / unit).sum()
+            off = (down + up).clamp(low, high) * scale - weight
+            slope = 2 * (off.detach() @ gram - target) / unit[:, None]  # of the error in `off`; its value is not needed
+            loss = (slope * off).sum()
             if (beta := _beta(step / steps)) is not None:
                 loss = loss + REGULARIZATION * (1 - (2 * up - 1).abs().pow(beta)).sum()
             (v.grad,) = torch.autograd.grad(loss, v)
