@@ -128,7 +128,7 @@ class Rule:
     """An exception to the defaults. Everything that is given must match; later rules win.
 
     Attributes:
-        op: an op (``"linear"``, ``"add"``) or a role found by dataflow (``"mask_add"``); see ``quantsim.graph.roles``.
+        op: an op (``"linear"``, ``"add"``) or a role found by dataflow (``"mask_add"``, ``"residual"``); see ``quantsim.graph.roles``.
         module: an ``fnmatch`` pattern over placement names (``"*.layer.0.*.output"``).
         role: ``"weight"``, ``"activation"`` or ``"input"``.
         enabled: false leaves what matches unquantized, true quantizes it again, null changes nothing.

@@ -31,6 +31,7 @@ class Placement:
         op, role: what rules match.
         spec: ``None`` leaves the edge in floating point.
         reason: why it does.
+        attention: what ``Roles`` finds of the node, in an attention or of the residual stream; rules match it as they do ``op``.
     """
 
     node: fx.Node

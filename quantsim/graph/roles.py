@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from quantsim.graph.trace import module_path
 
-SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT, HIDDEN = (
+SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT, HIDDEN, RESIDUAL = (
     "attention_scores",
     "attention_scale",
     "mask_add",
@@ -24,6 +24,7 @@ SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT, HIDDEN = (
     "attention_probs",
     "attention_context",
     "hidden_values",
+    "residual",
 )
 
 HIDES = -1e4
@@ -51,6 +52,9 @@ WEIGHTS: dict[str, WeightArg] = {
     "rms_norm": WeightArg(2),
     "batch_norm": WeightArg(1, bias=2),
 }
+
+NORMS = ("layer_norm", "rms_norm")
+"""Norms over the last axis, each channel with a weight of its own."""
 
 ALIASES = {"bmm": "matmul", "mm": "matmul", "_softmax": "softmax", "_safe_softmax": "softmax"}
 
@@ -110,7 +114,8 @@ class Roles:
 
     Attributes:
         op: node → op name.
-        role: node → its role in an attention, where it has one; or that it hides values elsewhere.
+        role: node → its role in an attention, where it has one; or that it hides values elsewhere, or is of the residual stream: what
+            norms give, sums as wide as that, and what linears make for such a sum.
         name: node → a path that stays the same while module names do, for nodes that compute: the module's path and
             ``output`` where the module does one thing, else the path and the op (``"…attention.self.matmul_1"``).
         sources: node → what its value depends on.
@@ -126,6 +131,7 @@ class Roles:
             if self.op[node] == "softmax":
                 self._find_attention(node)
         self.role |= {node: HIDDEN for node in self.nodes if node not in self.role and self._hides(node)}
+        self.role = dict.fromkeys(self._find_residual(), RESIDUAL) | self.role
         self.name = self._find_names()
 
     # ---- what a node is ----
@@ -237,6 +243,21 @@ class Roles:
             index = self.mask_operand(node)
             return index is not None and self._holds_a_large_number(node.args[index])
         return self.op[node] in ("masked_fill", "where") and any(self._holds_a_large_number(arg) for arg in node.args[1:])
+
+    def _find_residual(self) -> Iterator[fx.Node]:
+        norms = [node for node in self.nodes if self.op[node] in NORMS]
+        widths = {width for node in norms if isinstance(width := node.meta["val"].shape[-1], int)}
+        yield from norms
+        for node in self.nodes:
+            operands = [arg for arg in node.args if isinstance(arg, fx.Node) and is_float(arg) and not self.from_ids_alone(arg)]
+            if self.op[node] != "add" or len(operands) != 2 or self.bias_of(node) or node.meta["val"].shape[-1] not in widths:
+                continue
+            yield node
+            for operand in operands:
+                while self.op[operand] == "dropout":
+                    operand = operand.all_input_nodes[0]
+                if self.op[operand] == "linear":
+                    yield operand
 
     def _holds_a_large_number(self, value: object) -> bool:
         """A number that hides is the value, or went into it."""

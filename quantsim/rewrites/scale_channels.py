@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantsim.config import ConfigError
-from quantsim.graph.roles import UNSCALE, WEIGHTS, Roles, resolve
+from quantsim.graph.roles import NORMS, UNSCALE, WEIGHTS, Roles, resolve
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 from quantsim.quantizers.in_graph import own_parameter
 
 aten = torch.ops.aten
-NORMS = ("layer_norm", "rms_norm")
 NORM, NORM_BIAS = WEIGHTS["layer_norm"], 3  # rms_norm has its weight at the same place, and no bias
 
 
