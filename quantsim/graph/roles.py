@@ -246,11 +246,11 @@ class Roles:
 
     def _find_residual(self) -> Iterator[fx.Node]:
         norms = [node for node in self.nodes if self.op[node] in NORMS]
-        widths = {width for node in norms if isinstance(width := node.meta["val"].shape[-1], int)}
+        widths = {_width(node) for node in norms} - {None}
         yield from norms
         for node in self.nodes:
             operands = [arg for arg in node.args if isinstance(arg, fx.Node) and is_float(arg) and not self.from_ids_alone(arg)]
-            if self.op[node] != "add" or len(operands) != 2 or self.bias_of(node) or node.meta["val"].shape[-1] not in widths:
+            if self.op[node] != "add" or len(operands) != 2 or self.bias_of(node) or _width(node) not in widths:
                 continue
             yield node
             for operand in operands:
@@ -312,6 +312,13 @@ class Roles:
             taken[name] = taken.get(name, -1) + 1
             names[node] = name if taken[name] == 0 else f"{name}_{taken[name]}"
         return names
+
+
+def _width(node: fx.Node) -> int | None:
+    """The size of the last axis, if it is fixed."""
+    value = node.meta.get("val")
+    width = value.shape[-1] if isinstance(value, Tensor) and value.ndim else None
+    return width if isinstance(width, int) else None
 
 
 def _call(node: fx.Node) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from torch import nn
-from transformers import ModernBertConfig, ModernBertModel, ViTConfig, ViTModel
+from transformers import DebertaV2Config, DebertaV2Model, ModernBertConfig, ModernBertModel, ViTConfig, ViTModel
 
 from quantsim import QuantConfig, Rule, place
 from quantsim.graph.roles import RESIDUAL, Roles
@@ -53,6 +53,14 @@ def test_norms_before_linears(model: nn.Module, linears: int) -> None:
     assert not any("rotary" in name for name, _ in found)
     norms = sum(isinstance(m, nn.LayerNorm) for m in model.modules())
     assert sum(op == "layer_norm" for _, op in found) == norms
+
+
+def test_sums_of_scores_are_no_part() -> None:
+    """Relative positions are added to scores, whose width is the sequence's."""
+    config = DebertaV2Config(vocab_size=99, relative_attention=True, pos_att_type=["c2p", "p2c"], max_position_embeddings=32, **SIZES)
+    found = residual(trace(DebertaV2Model(config).eval()))
+    assert found
+    assert not any(".attention.self." in name for name, _ in found)
 
 
 def test_a_rule_takes_the_role() -> None:
