@@ -116,7 +116,7 @@ def fold(graph: fx.GraphModule, stream: Stream, scale: Tensor) -> None:
 
 def read_columns(graph: fx.GraphModule, stream: Stream) -> Tensor:
     """The largest magnitude in each column of the weights that read the stream, ``[C]``; ones where none does."""
-    weights = [_parameter(graph, node, 1) for node in stream.reading]
+    weights: list[Tensor] = [_parameter(graph, node, 1) for node in stream.reading]
     if not weights:
         return torch.ones_like(_parameter(graph, stream.norm, NORM.index))
     return torch.cat(weights).abs().amax(0)
