@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from quantsim import CalibrationError, CheckpointError, ConfigError, PostTraining, QuantConfig, QuantSim, Rule
-from quantsim import sim as sim_module
 from quantsim.config import QuantSpec
 from quantsim.hf import QuantSimConfig
+from quantsim.sim import calibration
 from tests.formats.sealed import TENSORS, edit_tensors
 from tests.post_training.outliers import BATCHES, logits, noise, sick_bert, simulate
 
@@ -102,7 +102,7 @@ def test_a_calibration_that_fails_leaves_weights_and_ranges(monkeypatch: pytest.
         sim.model.get_parameter("classifier.bias").data.add_(1)
         raise CalibrationError("in the middle")
 
-    monkeypatch.setattr(sim_module, "adjust_layers", fails)
+    monkeypatch.setattr(calibration, "adjust_layers", fails)
     with pytest.raises(CalibrationError, match="in the middle"):
         sim.compute_encodings([BATCHES[2]])
     assert all(torch.equal(before[k], v) for k, v in sim.model.state_dict().items())
@@ -110,7 +110,7 @@ def test_a_calibration_that_fails_leaves_weights_and_ranges(monkeypatch: pytest.
 
 def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     sim = simulate(bias_correction=True)
-    monkeypatch.setattr(sim_module, "world_size", lambda: 2)
+    monkeypatch.setattr(calibration, "world_size", lambda: 2)
     with pytest.raises(CalibrationError, match="expected one process, 2 run"):
         sim.compute_encodings(BATCHES)
 

@@ -2,59 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING
 
-import torch
-import transformers  # its models are looked up when there is one: importing quantsim need not wait for them
-from torch import Tensor, nn
-from transformers.utils.generic import find_labels
+from torch import nn
 
-from quantsim.config import ConfigError, QuantConfig
-from quantsim.formats.aimet_config import is_aimet_config, read_aimet_config
 from quantsim.formats.aimet_encodings import LoadedEncodings, load_aimet_encodings, write_aimet_encodings
 from quantsim.formats.checkpoint import read_checkpoint, save_checkpoint
-from quantsim.formats.description import METHOD
 from quantsim.formats.model_card import model_card
 from quantsim.formats.onnx import export_onnx
 from quantsim.formats.onnx.edges import Bias
-from quantsim.graph.forward import GraphForward, refuse_pickle, run_on_graph
-from quantsim.graph.place import Placement, place
-from quantsim.graph.trace import trace
 from quantsim.kernels.cpu import missing_for_int8
 from quantsim.lowered import IntegerModel, LoweredModel
-from quantsim.post_training.bits import search_bits
-from quantsim.post_training.layers import adjust_layers
-from quantsim.post_training.smooth import smooth
-from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State, WeightQuantizer
-from quantsim.quantizers.processes import on_every_process, world_size
-from quantsim.quantizers.range_estimators import Statistics
-from quantsim.report.coverage import coverage_table, summary
 from quantsim.report.report import write_report
 from quantsim.report.sensitivity import Metric
-from quantsim.rewrites.clamp_mask import clamp_mask
-from quantsim.rewrites.exact_products import exact_products
-from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers, weights_of
+from quantsim.rewrites.insert_quantizers import weights_of
 from quantsim.rewrites.integer_only import ForceDequant, integer_only
 from quantsim.rewrites.integer_only.training import IntegerOnlyTraining
 from quantsim.rewrites.lower_int8 import lower_int8
-from quantsim.rewrites.scale_channels import unscale_reads
+from quantsim.sim.calibration import Calibration
+from quantsim.sim.simulation import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLUGIN = "quantsim.hf"  # stands above, and is found through transformers' registry of quantization methods
-Batch = Mapping[str, Tensor]
-Data = Iterable[Batch] | Callable[..., Any]
 
-
-class QuantSim:
+class QuantSim(Calibration):
     """A simulation of a quantized model.
 
     Args:
@@ -73,6 +49,7 @@ class QuantSim:
         ConfigError: the config means nothing, or one of its rules matches nothing in this model.
         TraceError: the model cannot be traced exactly.
 
+    >>> import torch
     >>> from transformers import BertConfig, BertForSequenceClassification
     >>> config = BertConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     >>> sim = QuantSim(BertForSequenceClassification(config).eval())
@@ -80,219 +57,6 @@ class QuantSim:
     >>> sim.model(input_ids=torch.randint(0, 99, (2, 7))).logits.shape
     torch.Size([2, 2])
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: QuantConfig | str | Path | None = None,
-        example_inputs: Batch | None = None,
-        *,
-        in_place: bool = False,
-    ) -> None:
-        if isinstance(model.__dict__.get("forward"), GraphForward):
-            raise ValueError(f"{type(model).__name__} is a simulation already; give QuantSim the model that it was made from")
-        self.config = resolve_config(config)
-        self.model = model if in_place else copy.deepcopy(model)
-        if example_inputs is not None:  # a training batch will do: labels are not traced
-            labels = find_labels(type(model))  # type: ignore[no-untyped-call]
-            example_inputs = {name: x for name, x in example_inputs.items() if name not in labels}
-        self.graph = trace(self.model, example_inputs)
-        if self.config.mask_clamp is not None:
-            clamp_mask(self.graph, self.config.mask_clamp)
-        if self.config.post_training.smooth is not None:
-            unscale_reads(self.graph)
-        self.placements: list[Placement] = place(self.graph, self.config)
-        insert_quantizers(self.graph, self.placements)
-        exact_products(self.graph, self.model.training)
-        run_on_graph(self.model, self.graph)
-        if isinstance(self.model, transformers.PreTrainedModel):
-            import_module(PLUGIN)
-            registry: Any = transformers.quantizers
-            registry.AutoHfQuantizer.from_config({"quant_method": METHOD, "config": self.config.to_dict()}).attach(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """An independent copy without another trace; of its model alone, ``copy.deepcopy(sim.model)`` makes one too."""
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.config, new.model, new.graph = self.config, copy.deepcopy(self.model, memo), copy.deepcopy(self.graph, memo)
-        nodes = {node.name: node for node in new.graph.graph.nodes}
-        new.placements = [replace(p, node=nodes[p.node.name]) for p in self.placements]
-        return new
-
-    def __reduce__(self) -> NoReturn:
-        refuse_pickle(self.model)
-
-    # ---- quantizers ----
-
-    @property
-    def quantizers(self) -> dict[str, FakeQuantizer]:
-        """Every quantizer by its placement's name, in the order of the graph."""
-        found = (
-            {q.name: q for q in self.model.get_submodule(ROOM).modules() if isinstance(q, FakeQuantizer)} if self._has_quantizers else {}
-        )
-        return {p.name: found[p.name] for p in self.placements if p.spec}
-
-    @property
-    def _has_quantizers(self) -> bool:
-        return any(p.spec for p in self.placements)
-
-    @contextmanager
-    def quantizers_off(self) -> Iterator[None]:
-        """Run in floating point inside the ``with`` block (a clamped mask stays clamped)."""
-        states = {q: q.state for q in self.quantizers.values()}
-        try:
-            for quantizer in states:
-                quantizer.state = State.OFF
-            yield
-        finally:
-            for quantizer, state in states.items():
-                quantizer.state = state
-
-    def freeze_ranges(self) -> None:
-        """Stop range learning: every calibrated quantizer keeps its present range."""
-        for quantizer in self.quantizers.values():
-            if quantizer.calibrated:
-                quantizer.state = State.FIXED
-
-    def range_parameters(self) -> list[nn.Parameter]:
-        """The ranges that are being learned, for an optimizer group of their own."""
-        return [p for q in self.quantizers.values() if q.state is State.LEARNING for p in (q.min, q.max)]
-
-    # ---- calibrate ----
-
-    @torch.no_grad()
-    def compute_encodings(self, data: Data, *args: Any) -> None:
-        """Calibrate: find a range for every quantizer. Weights need no data; activations see ``data`` with weights quantized.
-
-        Where ``config.post_training`` asks for more, weights and biases are changed too: outliers are scaled down before, roundings
-        learned and biases corrected after ranges are found, and then the activations' ranges are found again. ``data`` is kept in memory.
-
-        Where ``torch.distributed`` runs more than one process, each calls this with batches of its own, none at all allowed
-        on some, and all get the ranges that one process would find on all the batches: the first batch of every process in
-        the order of ranks, then the second of each, and so on (the order matters to ``running_min_max`` alone).
-
-        Args:
-            data: an iterable of batches by keyword (a list, a ``DataLoader``), labels allowed and ignored; or a callable
-                that is given the model (AIMET's form), and ``args`` after it.
-
-        Raises:
-            CalibrationError: no data, an empty batch, values that are not finite, or an attention mask that was never
-                clamped, on any process; post-training in more than one. Ranges and weights are then what they were before.
-        """
-        quantizers = self.quantizers
-        post = self.config.post_training
-        if post:
-            if world_size() > 1:
-                raise CalibrationError(
-                    f"config.post_training: {post}; expected one process, {world_size()} run. Calibrate in one, and load"
-                )
-            data, args = self._given(data, args), ()
-        weights = {x: x.detach().clone() for x in self.model.state_dict(keep_vars=True).values()} if post else {}
-        before = {q: (q.state, {name: x.clone() for name, x in q.range_tensors().items()}) for q in quantizers.values()}
-        training = self.model.training
-        try:
-            self.model.eval()
-            if post.smooth is not None:
-                smooth(self.graph, data, post.smooth)  # type: ignore[arg-type]  # a list, for there is post-training
-            self._find_ranges(data, args)
-            if post.adaround or post.bias_correction:
-                adjust_layers(self.graph, data, rounding_steps=post.adaround, biases=post.bias_correction)  # type: ignore[arg-type]
-                self._find_ranges(data, args, weights=False)
-        except BaseException:
-            with torch.no_grad():
-                for x, value in weights.items():
-                    x.copy_(value)
-            for quantizer, (state, tensors) in before.items():
-                quantizer.restore(state, tensors)
-            raise
-        finally:
-            self.model.train(training)
-
-    def _find_ranges(self, data: Data, args: Sequence[Any], *, weights: bool = True) -> None:
-        """A range for every activation, after one for every weight."""
-        activations = [q for q in self.quantizers.values() if not isinstance(q, WeightQuantizer)]
-        everyone = on_every_process(lambda: self._estimate(activations, data, args, weights), CalibrationError)
-        for quantizer, statistics in zip(activations, zip(*everyone, strict=True), strict=True):
-            quantizer.estimator.merge(statistics)
-            quantizer.finish_estimating()
-
-    def _estimate(self, activations: Sequence[FakeQuantizer], data: Data, args: Sequence[Any], weights: bool) -> list[Statistics]:
-        """Finish the weights, send ``data`` through the model, and say what each of the activations' estimators keeps of it."""
-        for weight_quantizer, weight in weights_of(self.graph) if weights else ():
-            weight_quantizer.state = State.ESTIMATING
-            weight_quantizer.observe(weight)
-            weight_quantizer.finish_estimating()
-        for quantizer in activations:
-            quantizer.state = State.ESTIMATING
-        if callable(data):
-            data(self.model, *args)
-        else:
-            for inputs in self._inputs(data):
-                self.model(**inputs)
-        return [quantizer.estimator.statistics() for quantizer in activations]
-
-    def _given(self, data: Data, args: Sequence[Any]) -> list[Batch]:
-        """The inputs that ``data`` gives the graph, to be gone over more than once."""
-        if not callable(data):
-            return list(self._inputs(data))
-        given: list[Batch] = []
-        forward = self.model.__dict__["forward"]
-        forward.graph = lambda **inputs: given.append(inputs) or self.graph(**inputs)  # type: ignore[func-returns-value]
-        try:
-            with self.quantizers_off():
-                data(self.model, *args)
-        finally:
-            forward.graph = self.graph
-        if not given:
-            raise CalibrationError("the callable never called the model that it was given")
-        return given
-
-    def _inputs(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """What the graph takes of each batch."""
-        device = next(self.model.parameters()).device
-        inputs = [str(node.target) for node in self.graph.graph.find_nodes(op="placeholder")]
-        count = 0
-        for count, batch in enumerate(batches, 1):
-            if not isinstance(batch, Mapping):
-                raise CalibrationError(
-                    f"batch {count - 1} is a {type(batch).__name__}; expected inputs by keyword, as a tokenizer gives them"
-                )
-            taken = {name: x.to(device) for name, x in batch.items() if name in inputs}
-            if any(x.numel() == 0 for x in taken.values()):
-                shapes = {name: list(x.shape) for name, x in taken.items()}
-                raise CalibrationError(f"batch {count - 1} is empty: {shapes}")
-            yield taken
-        if not count and world_size() == 1:  # of several processes some may have none
-            raise CalibrationError("no batches to calibrate with; a DataLoader or generator that was used up before gives none")
-
-    def search_bits(
-        self,
-        batches: Iterable[Batch],
-        *,
-        edges: int | None = None,
-        average: float | None = None,
-        bits: int = 16,
-        metric: Metric | None = None,
-    ) -> QuantConfig:
-        """This config with more bits for the activations that gain most by it; calibrate first, and afterwards a new simulation with it.
-
-        Args:
-            batches: inputs by keyword; a few rows are enough for the default metric.
-            edges, average: the budget: so many edges, or so many bits on average over all activations.
-            bits: what an edge gets.
-            metric: of the outputs of each batch and the batches, greater is better; by default the SQNR of the outputs in dB.
-
-        Raises:
-            ConfigError: not one budget, one that means nothing, or no calibrated activation.
-
-        >>> sim = QuantSim(model)  # doctest: +SKIP
-        >>> sim.compute_encodings(batches)  # doctest: +SKIP
-        >>> better = QuantSim(model, sim.search_bits(batches, edges=6))  # doctest: +SKIP
-        >>> better.compute_encodings(batches)  # doctest: +SKIP
-        """
-        given = list(self._inputs(batches)) if metric is None else list(batches)  # a metric may want the labels
-        rules = search_bits(self.graph, self.quantizers, given, edges=edges, average=average, bits=bits, metric=metric)
-        return self.config.with_rules(*rules)
 
     # ---- see ----
 
@@ -522,22 +286,3 @@ class QuantSim:
                 quantizer's; no quantizer has changed then.
         """
         return load_aimet_encodings(path, self.model, self.placements, self.quantizers, strict, tensor_names)
-
-    def __repr__(self) -> str:
-        return f"QuantSim({type(self.model).__name__}, {self.config.name}: {summary(self.placements)})"
-
-    def __str__(self) -> str:
-        return coverage_table(self.graph, self.placements, self.quantizers)
-
-
-def resolve_config(config: QuantConfig | str | Path | None) -> QuantConfig:
-    """A config from itself, a preset's name, or the path of a JSON file in our form or in AIMET's."""
-    if config is None:
-        return QuantConfig.preset("aimet")
-    if isinstance(config, QuantConfig):
-        return config
-    if str(config).endswith(".json") or Path(config).exists():
-        return read_aimet_config(config) if is_aimet_config(config) else QuantConfig.from_json(config)
-    if isinstance(config, Path):
-        raise ConfigError(f"{config}: no such file")
-    return QuantConfig.preset(config)
