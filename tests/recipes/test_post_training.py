@@ -110,7 +110,7 @@ def test_the_table_marks_the_best_and_takes_means_over_all_tasks_alone() -> None
 def test_the_best_is_the_one_that_loses_least() -> None:
     rows = [row(method="min_max", value="50.0"), row(method="smooth", value="63.0"), row(method="groups", value="63.0")]
     (line,) = best_table(rows).splitlines()[2:]
-    assert [cell.strip() for cell in line.strip("|").split("|")] == ["rte", "14.00", "1.00", METHODS["smooth"].what]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == ["rte", "14.00", "1.00", "1.00", METHODS["smooth"].what]
 
 
 # ---- what is published ----
@@ -132,4 +132,6 @@ def test_what_is_published_was_measured_on_whole_splits_of_the_published_checkpo
 @pytest.mark.parametrize("task", TASKS)
 def test_the_best_method_leaves_half_the_loss_of_min_max_at_most_or_a_third_of_a_point(task: str) -> None:
     losses = {r["method"]: float(r["loss"]) for r in read(CSV) if r["task"] == task}
-    assert min(losses.values()) <= max(0.5 * losses["min_max"], 0.3)
+    bar = max(0.5 * losses["min_max"], 0.3)
+    assert min(losses.values()) <= bar
+    assert losses["smooth"] <= bar  # nobody has to know which one is the best
