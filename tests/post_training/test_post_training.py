@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from quantsim import CalibrationError, CheckpointError, ConfigError, PostTraining, QuantConfig, QuantSim, Rule
+from quantsim import CalibrationError, CheckpointError, ConfigError, IntegerError, PostTraining, QuantConfig, QuantSim, Rule
 from quantsim.config import QuantSpec
 from quantsim.hf import QuantSimConfig
 from quantsim.sim import calibration
@@ -34,6 +34,17 @@ def test_all_together_saved_loaded_and_lowered(tmp_path: Path) -> None:
         assert torch.equal(logits(again.model), expected)
     steps = (logits(lowered.model) - expected).abs() / sim.quantizers["classifier.output"].affine_params().scale
     assert steps.max() <= 1.001
+
+
+@pytest.mark.parametrize("rules", [(), (Rule(op="residual", role="activation", set={"axis": -1, "groups": 3}),)], ids=["tensor", "groups"])
+def test_sums_stay_exact_and_integers_alone_take_one_range(rules: tuple[Rule, ...]) -> None:
+    sim = simulate(QuantConfig.preset("aimet").with_rules(*rules), **ALL)
+    assert torch.equal(logits(sim.lower(exact=True).model), logits(sim.model))
+    if rules:
+        with pytest.raises(IntegerError, match=r"in 3 groups by range \(axis -1\); an edge of the integer graph has one scale"):
+            sim.integer_only()
+    else:
+        assert logits(sim.integer_only().model).isfinite().all()
 
 
 def test_transformers_loads_and_saves_scales_and_groups(tmp_path: Path) -> None:
