@@ -212,7 +212,7 @@ def load_simulation(card: Card, base_model_loader: Callable[[str], str] = base_m
 
 def _load_ranges(sim: QuantSim, delta: Delta, path: Path) -> None:
     quantizers = sim.quantizers
-    needed = {f"{name}.{end}": getattr(q, end) for name, q in quantizers.items() for end in ("min", "max")}
+    needed = {f"{name}.{part}": x for name, q in quantizers.items() for part, x in q.range_tensors().items()}
     missing, unknown = sorted(set(needed) - set(delta.ranges)), sorted(set(delta.ranges) - set(needed))
     if missing or unknown:
         raise CheckpointError(
@@ -225,7 +225,7 @@ def _load_ranges(sim: QuantSim, delta: Delta, path: Path) -> None:
         low, high = delta.ranges[f"{name}.min"], delta.ranges[f"{name}.max"]
         if (low > high).any():
             raise CheckpointError(f"{path}: {RANGES}{name}.min is above .max in {int((low > high).sum())} of {low.numel()} places")
-        quantizer.restore(State.FIXED, low, high)
+        quantizer.restore(State.FIXED, {part: delta.ranges[f"{name}.{part}"] for part in quantizer.range_tensors()})
 
 
 def _load(card: Card, file: str, base_model_loader: Callable[[str], str]) -> tuple[PreTrainedModel, Delta]:

@@ -94,10 +94,11 @@ def ranges_of(sim: QuantSim) -> dict[str, Tensor]:
 
     The grid holds 0, so an end that was trained across 0 is written as 0: the same grid.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, quantizer in sim.quantizers.items():
-        found[f"{RANGES}{name}.min"] = quantizer.min.detach().clamp(max=0.0)
-        found[f"{RANGES}{name}.max"] = quantizer.max.detach().clamp(min=0.0)
+        tensors = quantizer.range_tensors()
+        tensors |= {"min": tensors["min"].clamp(max=0.0), "max": tensors["max"].clamp(min=0.0)}
+        found |= {f"{RANGES}{name}.{part}": x for part, x in tensors.items()}
     return found
 
 

@@ -1,6 +1,6 @@
 """quantsim: a BERT in 8 bits. Trace, place, insert, calibrate, train, save, lower."""
 
-from quantsim.config import ConfigError, QuantConfig, QuantSpec, Rule
+from quantsim.config import ConfigError, PostTraining, QuantConfig, QuantSpec, Rule
 from quantsim.formats.aimet_encodings import EncodingsError
 from quantsim.formats.checkpoint import CheckpointError
 from quantsim.formats.onnx import OnnxError
@@ -39,6 +39,7 @@ __all__ = [
     "OnnxError",
     "Parity",
     "Placement",
+    "PostTraining",
     "QuantConfig",
     "QuantSim",
     "QuantSpec",

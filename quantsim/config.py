@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, get_args
 
 EstimatorName = Literal["min_max", "running_min_max", "percentile", "mse", "sqnr"]
 Role = Literal["weight", "activation", "input"]
+Grouping = Literal["range", "order"]
 
 MIN_BITS, MAX_BITS = 2, 16
 
@@ -61,6 +62,10 @@ class QuantSpec:
         learn: the range is trained after calibration (range learning), or stays fixed.
         percentile: for ``estimator="percentile"``, in percent, above 50.
         momentum: for ``estimator="running_min_max"``, the weight of the past.
+        groups: so many ranges along ``axis`` in place of one each, for activations: per-embedding-group quantization (Bondarenko et
+            al., 2021). A group's range holds those that the estimator finds for its channels.
+        group_by: channels of like ``range`` share a group (they are sorted by its width), or neighbours in ``order``; the groups are
+            equal in size, to one channel.
 
     >>> QuantSpec(bits=4, symmetric=True, axis=0).quant_min
     -8
@@ -73,6 +78,8 @@ class QuantSpec:
     learn: bool = True
     percentile: float = 99.99
     momentum: float = 0.9
+    groups: int | None = None
+    group_by: Grouping = "range"
 
     def __post_init__(self) -> None:
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
@@ -86,6 +93,9 @@ class QuantSpec:
         in_range = _is_number(self.percentile) and 50.0 < self.percentile <= 100.0
         _expect(in_range, "QuantSpec.percentile", self.percentile, "a number in (50, 100]")
         _expect(_is_number(self.momentum) and 0.0 <= self.momentum < 1.0, "QuantSpec.momentum", self.momentum, "a number in [0, 1)")
+        is_count = self.groups is None or (isinstance(self.groups, int) and not isinstance(self.groups, bool) and self.groups > 0)
+        _expect(is_count, "QuantSpec.groups", self.groups, "a number of groups, or null for none")
+        _expect(self.group_by in get_args(Grouping), "QuantSpec.group_by", self.group_by, f"one of {', '.join(get_args(Grouping))}")
 
     @property
     def quant_min(self) -> int:
@@ -98,7 +108,14 @@ class QuantSpec:
     def __str__(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
         where = "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
+        if self.axis is not None and self.groups is not None:
+            where = f"in {self.groups} groups by {self.group_by} (axis {self.axis})"
         return f"{self.bits}-bit {kind} {where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields; those of groups only where there are any."""
+        values = asdict(self)
+        return values if self.groups is not None else {name: values[name] for name in values if name not in ("groups", "group_by")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -111,7 +128,7 @@ class Rule:
     """An exception to the defaults. Everything that is given must match; later rules win.
 
     Attributes:
-        op: an op (``"linear"``, ``"add"``) or a role found by dataflow (``"mask_add"``); see ``quantsim.graph.roles``.
+        op: an op (``"linear"``, ``"add"``) or a role found by dataflow (``"mask_add"``, ``"residual"``); see ``quantsim.graph.roles``.
         module: an ``fnmatch`` pattern over placement names (``"*.layer.0.*.output"``).
         role: ``"weight"``, ``"activation"`` or ``"input"``.
         enabled: false leaves what matches unquantized, true quantizes it again, null changes nothing.
@@ -166,6 +183,45 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class PostTraining:
+    """What calibration does beside finding ranges, in this order. Each changes the simulation's weights, none what they are for.
+
+    Attributes:
+        smooth: moves outliers from activations into weights (``quantsim.rewrites.scale_channels``): 0 leaves weights as easy to
+            quantize as they are, 1 activations as easy as they can be, ``None`` does nothing. The float model computes what it did.
+        adaround: optimizer steps for each linear in which it is learned which weights to round up and which down
+            (``quantsim.post_training.adaround``); 0 rounds to nearest.
+        bias_correction: the mean error of each op with a bias is added to the bias (``quantsim.post_training.bias_correction``).
+
+    >>> PostTraining(smooth=0.5, bias_correction=True).to_dict()
+    {'smooth': 0.5, 'bias_correction': True}
+    """
+
+    smooth: float | None = None
+    adaround: int = 0
+    bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        part = self.smooth is None or (_is_number(self.smooth) and 0 <= self.smooth <= 1)
+        _expect(part, "PostTraining.smooth", self.smooth, "a number from 0 to 1, or null for none")
+        count = isinstance(self.adaround, int) and not isinstance(self.adaround, bool) and self.adaround >= 0
+        _expect(count, "PostTraining.adaround", self.adaround, "a number of steps, 0 for none")
+        _expect(isinstance(self.bias_correction, bool), "PostTraining.bias_correction", self.bias_correction, "true or false")
+
+    def __bool__(self) -> bool:
+        return self != PostTraining()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that ask for something."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        _check_fields("PostTraining", values, cls)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """The whole policy of a simulation. The default is W8A8 of the ``aimet`` preset without its exceptions.
 
@@ -178,6 +234,7 @@ class QuantConfig:
         activations_before: only activations that one of these ops reads are quantized (``("linear",)``: what an integer product
             takes); empty quantizes all.
         rules: exceptions, later ones winning.
+        post_training: what calibration does to weights, beside finding ranges; nothing by default.
         name: the preset's name, for reports.
 
     Biases are not quantized: integer kernels add them in 32 bits.
@@ -193,6 +250,7 @@ class QuantConfig:
     supergroups: tuple[tuple[str, ...], ...] = ()
     activations_before: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+    post_training: PostTraining = PostTraining()
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -215,6 +273,7 @@ class QuantConfig:
         _expect(isinstance(before, (tuple, list)), "QuantConfig.activations_before", before, "a list of ops")
         are_rules = isinstance(self.rules, (tuple, list)) and all(isinstance(rule, Rule) for rule in self.rules)
         _expect(are_rules, "QuantConfig.rules", self.rules, "a list of rules")
+        _expect(isinstance(self.post_training, PostTraining), "QuantConfig.post_training", self.post_training, "a PostTraining")
         _expect(isinstance(self.name, str), "QuantConfig.name", self.name, "text")
         object.__setattr__(self, "supergroups", groups)
         object.__setattr__(self, "activations_before", tuple(before))
@@ -227,14 +286,14 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "weights": None if self.weights is None else asdict(self.weights),
-            "activations": None if self.activations is None else asdict(self.activations),
+            "weights": self.weights and self.weights.to_dict(),
+            "activations": self.activations and self.activations.to_dict(),
             "inputs": self.inputs,
             "mask_clamp": self.mask_clamp,
             "supergroups": [list(group) for group in self.supergroups],
             "activations_before": list(self.activations_before),
             "rules": [rule.to_dict() for rule in self.rules],
-        }
+        } | ({"post_training": self.post_training.to_dict()} if self.post_training else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -243,6 +302,8 @@ class QuantConfig:
         for name in ("weights", "activations"):
             if known.get(name) is not None:
                 known[name] = QuantSpec.from_dict(known[name])
+        if "post_training" in known:
+            known["post_training"] = PostTraining.from_dict(known["post_training"])
         rules = known.get("rules", ())
         _expect(isinstance(rules, (list, tuple)), "QuantConfig.rules", rules, "a list of rules")
         known["rules"] = tuple(Rule.from_dict(rule) for rule in rules)

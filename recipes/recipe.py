@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from quantsim.config import EstimatorName, QuantConfig, QuantSpec
+from quantsim.config import EstimatorName, PostTraining, QuantConfig, QuantSpec
 from quantsim.sim import resolve_config
 from recipes.tasks import RecipeError
 
@@ -137,6 +137,7 @@ class Quantization:
         preset: a preset's name or a JSON file of a :class:`QuantConfig`.
         weight_bits, activation_bits: in place of the preset's; embeddings and norms count as weights.
         calibration: how ranges are found.
+        post_training: what calibration does to weights too, before QAT: smoothing, AdaRound, bias correction.
         compare_estimators: range estimators of the activations whose PTQ figures are measured too, and written beside.
     """
 
@@ -144,6 +145,7 @@ class Quantization:
     weight_bits: int | None = None
     activation_bits: int | None = None
     calibration: Calibration = field(default_factory=Calibration)
+    post_training: PostTraining = field(default_factory=PostTraining)
     compare_estimators: tuple[EstimatorName, ...] = ()
 
     def config(self, estimator: EstimatorName | None = None) -> QuantConfig:
@@ -157,6 +159,7 @@ class Quantization:
             config,
             weights=changed(config.weights, self.weight_bits, ranges.weight_estimator),
             activations=changed(config.activations, self.activation_bits, estimator or ranges.estimator),
+            post_training=self.post_training or config.post_training,
         )
 
 

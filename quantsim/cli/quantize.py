@@ -14,6 +14,7 @@ from quantsim.cli.command import Answer, Command, CommandError, count, one_of, p
 from quantsim.cli.data import TRAINING, Data, batches, check_vocabulary, data_arguments, drawn, find_data, row_length, takes_text
 from quantsim.cli.models import Source, find_source, simulate
 from quantsim.cli.output import check_output, output_arguments, written_whole
+from quantsim.cli.post_training import SEARCH_BITS, post_training_arguments, search_config, with_post_training
 from quantsim.config import EstimatorName
 from quantsim.report.coverage import summary
 
@@ -82,7 +83,7 @@ def calibrated(
 
 def run(args: argparse.Namespace) -> Answer:
     check_output(args.output, args.overwrite, folder=True)
-    config = config_of(args)
+    config = with_post_training(config_of(args), args)
     from recipes.devices import usable_device
 
     device = usable_device(args.device)
@@ -93,15 +94,21 @@ def run(args: argparse.Namespace) -> Answer:
     tokenizer = source.usual_tokenizer(args.tokenizer)
     began = time.perf_counter()
     sim, length = calibrated(source, config, data, tokenizer, args)
+    if args.search_edges is not None:
+        found = search_config(sim, batches(data, tokenizer, length, args.batch), args.search_edges)
+        sim, _ = calibrated(source, found, data, tokenizer, args)
     seconds = time.perf_counter() - began
     with written_whole(args.output) as folder:
         sim.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     counts = summary(sim.placements)
+    wide = [str(rule.module) for rule in sim.config.rules[len(config.rules) :]]  # what a search added
     text = (
         f"{type(sim.model).__name__}, {config.name}: {counts}\n"
         f"calibrated on {len(data.rows)} rows of {data.source} ({', '.join(data.columns)}), padded to {length} tokens, "
-        f"{args.estimator}, {seconds:.1f} s on {device}\nwritten: {args.output}"
+        f"{args.estimator}, {seconds:.1f} s on {device}\n"
+        + "".join(f"{SEARCH_BITS} bits: {name}\n" for name in wide)
+        + f"written: {args.output}"
     )
     calibration = {
         "data": asdict(data.source),
@@ -116,7 +123,8 @@ def run(args: argparse.Namespace) -> Answer:
         "output": str(args.output),
         "model": source.name,
         "architecture": type(sim.model).__name__,
-        "config": config.to_dict(),
+        "config": sim.config.to_dict(),
+        "searched_edges": wide,
         "quantizers": len(sim.quantizers),
         "unquantized_edges": sum(placement.spec is None for placement in sim.placements),
         "calibration": calibration,
@@ -131,6 +139,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     data_arguments(parser, rows="train, or the only one", default_rows=64)
     config_arguments(parser)
     calibration_arguments(parser)
+    post_training_arguments(parser)
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, mps … (default cpu)")
 
 
@@ -146,6 +155,7 @@ QUANTIZE = Command(
         "quantsim quantize ./my-model --data pairs.csv --columns premise hypothesis --rows 128 --estimator percentile --output out",
         "quantsim quantize bert_w8a8_rte --task rte --preset deploy --output rte-deploy",
         "quantsim quantize ./my-model --data nyu-mll/glue --task mrpc --weight-bits 4 --estimator mse --output out",
+        "quantsim quantize ./my-model --data sentences.txt --smooth 0.5 --bias-correction --output out",
     ),
     arguments=arguments,
     run=run,

@@ -20,7 +20,7 @@ from quantsim.config import near
 from quantsim.formats.aimet_layouts import ACTIVATIONS, ALL, LAYOUTS, PARAMS, Encoding, Encodings, layout_of
 from quantsim.formats.checkpoint import RANGES
 from quantsim.formats.json_field import read_json
-from quantsim.graph.place import Placement
+from quantsim.graph.place import UNSCALED, Placement
 from quantsim.numerics.affine import affine_params
 from quantsim.numerics.exact_range import exact_range
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State
@@ -33,6 +33,7 @@ LATER_CALL = re.compile(r"(.+)\.output_\d+")
 
 NO_MODULE = "no module of its own: the edge of an op between modules"
 CALLED_TWICE = "its module is called more than once, and AIMET has one quantizer for all calls"
+GROUPS = "its channels share ranges in groups, which no AIMET file has a place for"
 NOT_CALIBRATED = "not calibrated, or switched off"
 
 
@@ -195,7 +196,20 @@ def _range(path: Path, field: str, encoding: Encoding, quantizer: FakeQuantizer,
 
 
 def _fields(version: str, model: nn.Module, placements: Sequence[Placement], tensor_names: Mapping[str, str] | None) -> Fields:
+    """Those of the layout; groups have none."""
+    found = _all_fields(version, model, placements, tensor_names)
+    grouped = {p.name: GROUPS for p in placements if p.spec is not None and p.spec.groups is not None}
+    of = {name: fields for name, fields in found.of.items() if name not in grouped}
+    return Fields(of, {**found.left_out, **grouped})
+
+
+def _all_fields(version: str, model: nn.Module, placements: Sequence[Placement], tensor_names: Mapping[str, str] | None) -> Fields:
     placed = {p.name: p for p in placements if p.spec is not None}
+    if version == "torch" and (scaled := [p.name for p in placements if p.reason == UNSCALED]):
+        raise EncodingsError(
+            f"post_training.smooth: this model multiplies by {scaled[0]} ({len(scaled)} such products), and the model that such a file is "
+            "for does not. Write export_onnx(quantize=False) and its encodings (version='2.0.0'), or calibrate without smooth"
+        )
     if version == "torch":
         if tensor_names:
             raise EncodingsError("tensor_names: the torch-side file has modules and parameters, no tensors; expected none")

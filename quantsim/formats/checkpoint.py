@@ -1,8 +1,9 @@
 """Checkpoints in the layout of ``transformers``: a folder of safetensors and JSON, checked field by field when read, never a pickle.
 
-``config.json`` is the model's own, with the quantization config as its ``quantization_config``; ``model.safetensors`` holds weights and
-quantizers (``quantizers.<name>.min``, ``.max`` and ``.state_code``), and in its header what each quantizer is and the hashes of all
-of it (:mod:`quantsim.formats.description`). ``transformers`` writes and reads the same files (:mod:`quantsim.hf`).
+``config.json`` is the model's own, with the quantization config as its ``quantization_config``; ``model.safetensors`` holds weights,
+quantizers (``quantizers.<name>.min``, ``.max``, ``.state_code``, and of groups ``.group_of``) and the scales of smoothed streams
+(``scales.<name>.scale``), and in its header what each quantizer is and the hashes of all of it (:mod:`quantsim.formats.description`).
+``transformers`` writes and reads the same files (:mod:`quantsim.hf`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.nn.utils import parametrize
 
 from quantsim.config import ConfigError, QuantConfig, QuantSpec
 from quantsim.formats.description import METHOD, WRITTEN_BY, CheckpointError, Description, file_sha256, json_sha256, read_described
+from quantsim.graph.roles import UNSCALE
 from quantsim.numerics.affine import affine_params, dequantize
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, State
 
@@ -30,7 +32,8 @@ __all__ = ["Checkpoint", "CheckpointError", "contents", "file_sha256", "is_check
 
 WEIGHTS, MODEL_CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 RANGES = "quantizers."
-PARTS = ("min", "max", "state_code")
+ADDED = (RANGES, UNSCALE)
+"""What a simulation adds to the model's tensors."""
 
 
 # ---- write ----
@@ -80,8 +83,8 @@ def contents(
     model: nn.Module, config: QuantConfig, quantizers: Mapping[str, FakeQuantizer], state: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the header of ``model.safetensors``; see :func:`save_checkpoint`."""
-    tensors, tied = _untied((plain_state(model) if state is None else dict(state)) | _ranges(quantizers))
-    specs = {name: asdict(q.spec) for name, q in quantizers.items()}
+    tensors, tied = _untied((plain_state(model) if state is None else dict(state)) | _ranges(quantizers) | _scales(model))
+    specs = {name: q.spec.to_dict() for name, q in quantizers.items()}
     return tensors, Description(type(model).__name__, specs, tied).sealed(tensors, model_config(model, config))
 
 
@@ -97,8 +100,8 @@ def model_config(model: nn.Module, config: QuantConfig) -> dict[str, Any]:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights by the names that the model's class knows: computed ones as their values, no quantizers."""
-    state = {k: v.detach() for k, v in model.state_dict().items() if not k.startswith(RANGES) and ".parametrizations." not in k}
+    """The weights by the names that the model's class knows: computed ones as their values, nothing that a simulation adds."""
+    state = {k: v.detach() for k, v in model.state_dict().items() if not k.startswith(ADDED) and ".parametrizations." not in k}
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for name in module.parametrizations:
@@ -107,7 +110,15 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _ranges(quantizers: Mapping[str, FakeQuantizer]) -> dict[str, Tensor]:
-    return {f"{RANGES}{name}.{part}": getattr(q, part).detach() for name, q in quantizers.items() for part in PARTS}
+    return {f"{RANGES}{name}.{part}": x for name, q in quantizers.items() for part, x in _parts(q).items()}
+
+
+def _parts(quantizer: FakeQuantizer) -> dict[str, Tensor]:
+    return quantizer.range_tensors() | {"state_code": quantizer.state_code}
+
+
+def _scales(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x for name, x in model.named_buffers() if name.startswith(UNSCALE)}
 
 
 def _untied(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -166,7 +177,7 @@ class Checkpoint:
             CheckpointError: a name that only one side has, another shape, integers that are not their quantizer's.
         """
         every = dict(self.tensors) | {a: self.tensors[n] for a, n in self.description.tied.items() if str(n) in self.tensors}
-        weights = {name: x for name, x in every.items() if not name.startswith(RANGES)}
+        weights = {name: x for name, x in every.items() if not name.startswith(ADDED)}
         expected = plain_state(model)
         _same_names(self.path, "tensors", weights, expected)
         for name, x in weights.items():
@@ -179,7 +190,7 @@ class Checkpoint:
 
     def integers(self) -> set[str]:
         """The names of weights that are stored as integers."""
-        stored = {name for name, x in self.tensors.items() if not name.startswith(RANGES) and x.dtype in (torch.int8, torch.uint8)}
+        stored = {name for name, x in self.tensors.items() if not name.startswith(ADDED) and x.dtype in (torch.int8, torch.uint8)}
         return stored | {alias for alias, name in self.description.tied.items() if name in stored}
 
     def _from_integers(self, name: str, q: Tensor) -> Tensor:
@@ -201,30 +212,43 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {name} is {q.dtype}; expected {RANGES}{name}.min and .max of shape {sizes} with it")
         return dequantize(q, affine_params(low, high, spec))
 
-    def load_ranges(self, quantizers: Mapping[str, FakeQuantizer]) -> None:
-        """Give every quantizer of a simulation its range and state.
+    def load_added(self, model: nn.Module, quantizers: Mapping[str, FakeQuantizer]) -> None:
+        """Give a simulation what it adds to its model: every quantizer's range and state, and the scales of smoothed streams.
 
         Raises:
-            CheckpointError: a quantizer that only one side has, another spec, a range of another shape, a state that there isn't.
+            CheckpointError: a quantizer or scale that only one side has, another spec, a tensor of another shape, a state or a group
+                that there isn't.
         """
         _same_names(self.path, "quantizers", self.description.quantizers, quantizers)
-        ranges = {name: x for name, x in self.tensors.items() if name.startswith(RANGES)}
-        _same_names(self.path, "ranges", ranges, _ranges(quantizers))
+        _same_names(self.path, "ranges", self._under(RANGES), _ranges(quantizers))
+        _same_names(self.path, "scales", self._under(UNSCALE), scales := _scales(model))
+        for name, scale in scales.items():
+            scale.copy_(self._like(name, scale))
         for name, quantizer in quantizers.items():
             spec = self.description.quantizers[name]
-            if spec != asdict(quantizer.spec):
-                raise CheckpointError(f"{self.path}: quantizers.{name} is {spec}; this model and config give {asdict(quantizer.spec)}")
-            low, high, code = (ranges[f"{RANGES}{name}.{part}"] for part in PARTS)
-            for part, x in zip(PARTS, (low, high, code), strict=True):
-                like = getattr(quantizer, part)
-                if x.shape != like.shape or x.dtype != like.dtype:
-                    raise CheckpointError(
-                        f"{self.path}: {RANGES}{name}.{part} is {list(x.shape)} of {x.dtype}; expected {list(like.shape)} of {like.dtype}"
-                    )
-            if int(code) not in {state.value for state in State}:
+            if spec != (expected := quantizer.spec.to_dict()):
+                raise CheckpointError(f"{self.path}: quantizers.{name} is {spec}; this model and config give {expected}")
+            tensors = {part: self._like(f"{RANGES}{name}.{part}", own) for part, own in _parts(quantizer).items()}
+            code = int(tensors["state_code"])
+            if code not in {state.value for state in State}:
                 known = ", ".join(f"{state.value} ({state.name.lower()})" for state in State)
-                raise CheckpointError(f"{self.path}: {RANGES}{name}.state_code is {int(code)}; expected one of {known}")
-            quantizer.restore(State(int(code)), low, high)
+                raise CheckpointError(f"{self.path}: {RANGES}{name}.state_code is {code}; expected one of {known}")
+            if (group_of := tensors.get("group_of")) is not None:
+                first, last, groups = int(group_of.min()), int(group_of.max()), len(tensors["min"])
+                if not 0 <= first <= last < groups:
+                    raise CheckpointError(f"{self.path}: {RANGES}{name}.group_of is from {first} to {last}; expected 0 to {groups - 1}")
+            quantizer.restore(State(code), tensors)
+
+    def _under(self, prefix: str) -> dict[str, Tensor]:
+        return {name: x for name, x in self.tensors.items() if name.startswith(prefix)}
+
+    def _like(self, name: str, expected: Tensor) -> Tensor:
+        x = self.tensors[name]
+        if x.shape != expected.shape or x.dtype != expected.dtype:
+            raise CheckpointError(
+                f"{self.path}: {name} is {list(x.shape)} of {x.dtype}; expected {list(expected.shape)} of {expected.dtype}"
+            )
+        return x
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from quantsim.graph.roles import HIDDEN, Roles, is_float
 from quantsim.graph.weights import AT_OUTPUT, weight_chains, weight_edges
 
 FROM_IDS = "made of ids, sizes and constants alone"
+UNSCALED = "scaled back channel by channel, for an op that reads it so"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Placement:
         op, role: what rules match.
         spec: ``None`` leaves the edge in floating point.
         reason: why it does.
+        attention: what ``Roles`` finds of the node, in an attention or of the residual stream; rules match it as they do ``op``.
     """
 
     node: fx.Node
@@ -91,6 +93,8 @@ def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
                 spec, reason = None, inside[node]
             elif spec is not None and roles.role.get(node) == HIDDEN:
                 spec, reason = None, "some of its values are hidden behind a large number"
+            elif roles.unscales(node):
+                spec, reason = None, UNSCALED
             elif spec is not None and config.activations_before and not roles.is_read_by(node, config.activations_before):
                 spec, reason = None, f"no {' or '.join(config.activations_before)} reads it"
             yield Placement(node, "output", roles.name[node], kinds.get(node, op), "activation", spec, reason, roles.role.get(node))
@@ -114,7 +118,7 @@ def _inside_supergroups(placements: list[Placement], roles: Roles, config: Quant
 
 def _decide(placement: Placement, config: QuantConfig, matched: set[Rule]) -> Placement:
     spec, reason = placement.spec, placement.reason
-    if reason == FROM_IDS:
+    if reason in (FROM_IDS, UNSCALED):
         return placement
     for rule in config.rules:
         if not _matches(rule, placement):
@@ -128,6 +132,8 @@ def _decide(placement: Placement, config: QuantConfig, matched: set[Rule]) -> Pl
             spec = rule.apply(spec)
     if spec is not None and spec.axis is not None:
         _check_axis(spec, placement)
+    elif spec is not None and spec.groups is not None:
+        raise ConfigError(f"{placement.name}: {spec.groups} groups and no axis that they lie along; set axis too, as axis=-1")
     return replace(placement, spec=spec, reason=reason)
 
 
@@ -139,6 +145,11 @@ def _check_axis(spec: QuantSpec, placement: Placement) -> None:
         raise ConfigError(f"{placement.name}: axis {spec.axis} of a tensor with {value.ndim} axes")
     if not isinstance(value.shape[spec.axis], int):
         raise ConfigError(f"{placement.name}: axis {spec.axis} has no fixed size (batch or sequence), so it can't keep ranges of its own")
+    if spec.groups is not None and (placement.role == "weight" or spec.groups > value.shape[spec.axis]):
+        raise ConfigError(
+            f"{placement.name}: {spec.groups} groups; expected at most as many as axis {spec.axis} is long, {value.shape[spec.axis]}, "
+            "and none for a weight, which has a range for each channel"
+        )
 
 
 def _matches(rule: Rule, placement: Placement) -> bool:

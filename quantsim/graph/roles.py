@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from quantsim.graph.trace import module_path
 
-SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT, HIDDEN = (
+SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT, HIDDEN, RESIDUAL = (
     "attention_scores",
     "attention_scale",
     "mask_add",
@@ -24,6 +24,7 @@ SCORES, SCALE, MASK_ADD, MASK_FILL, PROBS, CONTEXT, HIDDEN = (
     "attention_probs",
     "attention_context",
     "hidden_values",
+    "residual",
 )
 
 HIDES = -1e4
@@ -52,6 +53,9 @@ WEIGHTS: dict[str, WeightArg] = {
     "batch_norm": WeightArg(1, bias=2),
 }
 
+NORMS = ("layer_norm", "rms_norm")
+"""Norms over the last axis, each channel with a weight of its own."""
+
 ALIASES = {"bmm": "matmul", "mm": "matmul", "_softmax": "softmax", "_safe_softmax": "softmax"}
 
 PRODUCTS = ("matmul", "einsum")
@@ -70,6 +74,9 @@ SIZES_ALONE = frozenset("sym_size sym_numel sym_stride sym_storage_offset getatt
 
 LIKE_ANOTHER = frozenset("expand_as reshape_as to type_as view_as".split())
 """Ops that read the values of their first input, and of another the shape or type alone."""
+
+UNSCALE = "scales."
+"""Where a graph keeps what ``quantsim.rewrites.scale_channels`` multiplies by again."""
 
 Source = Literal["parameter", "float_input", "ids"]
 
@@ -107,7 +114,8 @@ class Roles:
 
     Attributes:
         op: node → op name.
-        role: node → its role in an attention, where it has one; or that it hides values elsewhere.
+        role: node → its role in an attention, where it has one; or that it hides values elsewhere, or is of the residual stream: what
+            norms give, sums as wide as that, and what linears make for such a sum.
         name: node → a path that stays the same while module names do, for nodes that compute: the module's path and
             ``output`` where the module does one thing, else the path and the op (``"…attention.self.matmul_1"``).
         sources: node → what its value depends on.
@@ -123,6 +131,7 @@ class Roles:
             if self.op[node] == "softmax":
                 self._find_attention(node)
         self.role |= {node: HIDDEN for node in self.nodes if node not in self.role and self._hides(node)}
+        self.role = dict.fromkeys(self._find_residual(), RESIDUAL) | self.role
         self.name = self._find_names()
 
     # ---- what a node is ----
@@ -166,6 +175,11 @@ class Roles:
                 return None
             node = node.all_input_nodes[0]
         return node if "parameter" in self.sources[node] else None
+
+    def unscales(self, node: fx.Node) -> bool:
+        """The node multiplies by the scales of a stream (``quantsim.rewrites.scale_channels``)."""
+        scale = node.args[1] if self.op[node] == "mul" else None
+        return isinstance(scale, fx.Node) and scale.op == "get_attr" and str(scale.target).startswith(UNSCALE)
 
     def mask_operand(self, node: fx.Node) -> int | None:
         """Which argument of a mask add is the mask (of ``scores - mask``, the second)."""
@@ -230,6 +244,21 @@ class Roles:
             return index is not None and self._holds_a_large_number(node.args[index])
         return self.op[node] in ("masked_fill", "where") and any(self._holds_a_large_number(arg) for arg in node.args[1:])
 
+    def _find_residual(self) -> Iterator[fx.Node]:
+        norms = [node for node in self.nodes if self.op[node] in NORMS]
+        widths = {_width(node) for node in norms} - {None}
+        yield from norms
+        for node in self.nodes:
+            operands = [arg for arg in node.args if isinstance(arg, fx.Node) and is_float(arg) and not self.from_ids_alone(arg)]
+            if self.op[node] != "add" or len(operands) != 2 or self.bias_of(node) or _width(node) not in widths:
+                continue
+            yield node
+            for operand in operands:
+                while self.op[operand] == "dropout":
+                    operand = operand.all_input_nodes[0]
+                if self.op[operand] == "linear":
+                    yield operand
+
     def _holds_a_large_number(self, value: object) -> bool:
         """A number that hides is the value, or went into it."""
         seen: set[fx.Node] = set()
@@ -261,6 +290,8 @@ class Roles:
 
     def _find_names(self) -> dict[fx.Node, str]:
         computing = [n for n in self.nodes if n.op == "call_function" and is_float(n) and not self.keeps_grid(n)]
+        unscaling = [n for n in computing if self.unscales(n)]
+        computing = [n for n in computing if n not in unscaling]
         paths = {module_path(n).split(".parametrizations")[0] for n in self.nodes if n.op in ("call_function", "call_module")}
         parents = {path.rsplit(".", i)[0] for path in paths for i in range(1, path.count(".") + 1)} | {""}
         calls: dict[tuple[str, str], int] = {}
@@ -274,7 +305,20 @@ class Roles:
             name = ".".join(filter(None, (path, "output" if alone else self.op[node])))
             taken[name] = taken.get(name, -1) + 1
             names[node] = name if taken[name] == 0 else f"{name}_{taken[name]}"
+        for node in unscaling:
+            scale = node.args[1]
+            assert isinstance(scale, fx.Node)
+            name = str(scale.target).rpartition(".")[0]
+            taken[name] = taken.get(name, -1) + 1
+            names[node] = name if taken[name] == 0 else f"{name}_{taken[name]}"
         return names
+
+
+def _width(node: fx.Node) -> int | None:
+    """The size of the last axis, if it is fixed."""
+    value = node.meta.get("val")
+    width = value.shape[-1] if isinstance(value, Tensor) and value.ndim else None
+    return width if isinstance(width, int) else None
 
 
 def _call(node: fx.Node) -> tuple[str, str]:

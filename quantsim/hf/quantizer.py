@@ -75,14 +75,14 @@ class QuantSimQuantizer(HfQuantizer):
         weights, stored = checkpoint.weights_for(model), checkpoint.integers()
         self._checkpoint = checkpoint, {name: x for name, x in weights.items() if name in stored}
         ignored = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, r"^quantizers\."}  # they are taken when there are quantizers
+        model._keys_to_ignore_on_load_unexpected = {*ignored, r"^quantizers\.", r"^scales\."}  # taken when the graph has them
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         if self.pre_quantized:
             checkpoint, values = self.__dict__.pop("_checkpoint")
             _put(model, values)
             sim = QuantSim(model, checkpoint.config, in_place=True)
-            checkpoint.load_ranges(sim.quantizers)
+            checkpoint.load_added(sim.model, sim.quantizers)
         else:
             given = self.quantization_config
             sim = QuantSim(model, given.config, given.example_inputs, in_place=True)

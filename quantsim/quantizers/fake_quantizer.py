@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -36,14 +37,14 @@ class State(Enum):
 class FakeQuantizer(nn.Module):
     """Quantizes one edge of a graph.
 
-    ``min`` and ``max`` (``[]``, or ``[channels]`` with an axis) are parameters, trained in ``State.LEARNING`` and
-    without gradient in every other state. The state is kept in the ``state_dict``, so that a loaded quantizer does
-    what the saved one did.
+    ``min`` and ``max`` (``[]``, with an axis ``[channels]`` or ``[groups]``) are parameters, trained in ``State.LEARNING`` and
+    without gradient in every other state. ``group_of`` ``[channels]`` says which group's range a channel has. The state is kept
+    in the ``state_dict``, so that a loaded quantizer does what the saved one did.
 
     Args:
         spec: bits, symmetry, axis, estimator.
         name: the placement's name, for messages.
-        channels: the number of ranges, where the spec has an axis.
+        channels: the axis's size, where the spec has one: the number of ranges, if they are not in groups.
 
     Attributes:
         overwrites: nobody else reads the tensor that comes in, so without gradients its memory is used for the result.
@@ -55,6 +56,7 @@ class FakeQuantizer(nn.Module):
     lsq_gradients = False
     min: nn.Parameter
     max: nn.Parameter
+    group_of: Tensor | None
     state_code: Tensor
 
     def __init__(self, spec: QuantSpec, name: str = "", channels: int | None = None) -> None:
@@ -65,9 +67,10 @@ class FakeQuantizer(nn.Module):
             )
         self.spec = spec
         self.name = name
-        shape = () if channels is None else (channels,)
+        shape = () if channels is None else (spec.groups or channels,)
         self.min = nn.Parameter(torch.zeros(shape), requires_grad=False)
         self.max = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.register_buffer("group_of", None if channels is None or spec.groups is None else equal_groups(channels, spec.groups))
         self.register_buffer("state_code", torch.tensor(State.OFF.value, dtype=torch.uint8))
         self._state = State.OFF
         self._estimator: RangeEstimator | None = None
@@ -109,7 +112,7 @@ class FakeQuantizer(nn.Module):
             raise CalibrationError(f"{self.name}: {error}") from error
         self.state = State.OFF
         self.check_range(low, high)
-        self.set_range(low, high)
+        self.set_range(*self._grouped(low, high))
 
     def check_range(self, low: Tensor, high: Tensor) -> None:
         """Refuse a calibrated range that no grid can hold, with :class:`CalibrationError`."""
@@ -129,12 +132,27 @@ class FakeQuantizer(nn.Module):
         """Show the estimator a tensor."""
         self.estimator.observe(x.detach())
 
-    def restore(self, state: State, low: Tensor, high: Tensor) -> None:
-        """Take up a state and a range that were kept aside; an estimation under way is forgotten."""
+    def _grouped(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The ranges of the groups, ``[C] -> [G]``: each holds those of its channels."""
+        if self.group_of is None:
+            return low, high
+        if self.spec.group_by == "range":
+            rank = (high - low).argsort(stable=True).argsort()  # [C], of each channel by its width
+            self.group_of.copy_(equal_groups(len(low), len(self.min)).to(rank.device)[rank])
+        lowest = low.new_full(self.min.shape, torch.inf).scatter_reduce(0, self.group_of, low, "amin")
+        highest = high.new_full(self.max.shape, -torch.inf).scatter_reduce(0, self.group_of, high, "amax")
+        return lowest, highest
+
+    def range_tensors(self) -> dict[str, Tensor]:
+        """All that its range is made of, by name, detached: what a checkpoint holds, and what :meth:`restore` takes back."""
+        tensors = {"min": self.min.detach(), "max": self.max.detach()}
+        return tensors if self.group_of is None else tensors | {"group_of": self.group_of}
+
+    def restore(self, state: State, tensors: Mapping[str, Tensor]) -> None:
+        """Take up a state and the :meth:`range_tensors` that were kept aside; an estimation under way is forgotten."""
         self._estimator = None
-        with torch.no_grad():
-            self.min.copy_(low)
-            self.max.copy_(high)
+        for name, own in self.range_tensors().items():
+            own.copy_(tensors[name])
         self.state = state
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
@@ -149,14 +167,20 @@ class FakeQuantizer(nn.Module):
     def affine_params(self) -> AffineParams:
         """Scale and zero point of the present range; computed again only when the range has changed."""
         if self._state is State.LEARNING and torch.is_grad_enabled():
-            return affine_params(self.min, self.max, self.spec)
+            return self._affine(self.min, self.max)
         if torch.compiler.is_compiling():
-            return affine_params(self.min.detach(), self.max.detach(), self.spec)
-        key = (fingerprint(self.min), fingerprint(self.max))
+            return self._affine(self.min.detach(), self.max.detach())
+        key = tuple(fingerprint(x) for x in self.range_tensors().values())
         if self._frozen is None or self._frozen[0] != key:
             with torch.no_grad():
-                self._frozen = (key, affine_params(self.min.detach(), self.max.detach(), self.spec))
+                self._frozen = (key, self._affine(self.min.detach(), self.max.detach()))
         return self._frozen[1]
+
+    def _affine(self, low: Tensor, high: Tensor) -> AffineParams:
+        """``[]``, ``[C]``, or ``[G] -> [C]``: a channel has its group's scale and zero point, the group the sum of their gradients."""
+        if self.group_of is not None:
+            low, high = low[self.group_of], high[self.group_of]
+        return affine_params(low, high, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._state is State.OFF:
@@ -172,7 +196,7 @@ class FakeQuantizer(nn.Module):
     def _lsq_params(self, x: Tensor) -> AffineParams:
         """:meth:`affine_params` with LSQ's gradient scale."""
         factor = (self._sharing(x) // self.min.numel() * self.spec.quant_max) ** -0.5
-        return affine_params(scale_gradient(self.min, factor), scale_gradient(self.max, factor), self.spec)
+        return self._affine(scale_gradient(self.min, factor), scale_gradient(self.max, factor))
 
     def _sharing(self, x: Tensor) -> int:
         """The elements that LSQ counts: of one row, whatever the batch."""
@@ -232,6 +256,15 @@ class MaskedScoreQuantizer(FakeQuantizer):
                 "this edge unquantized with Rule(op='mask_add', role='activation', enabled=False)"
             )
         super().check_range(low, high)
+
+
+def equal_groups(channels: int, groups: int) -> Tensor:
+    """``[channels]``: the group of each, in order; sizes differ by one at most.
+
+    >>> equal_groups(7, 3)
+    tensor([0, 0, 0, 1, 1, 2, 2])
+    """
+    return torch.arange(channels) * groups // channels
 
 
 def fingerprint(x: Tensor) -> tuple[object, ...]:

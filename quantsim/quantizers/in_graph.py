@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
-from quantsim.graph.roles import KEEPS_GRID, op_of
-from quantsim.quantizers.fake_quantizer import FakeQuantizer
+from quantsim.graph.roles import KEEPS_GRID, op_of, resolve
+from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 
 
 def quantizer_of(node: object, graph: fx.GraphModule) -> FakeQuantizer | None:
@@ -23,3 +23,17 @@ def quantizer_before_moves(node: object, graph: fx.GraphModule) -> FakeQuantizer
             return None
         node = node.args[0]
     return quantizer_of(node, graph)
+
+
+def own_parameter(node: object, graph: fx.GraphModule) -> nn.Parameter | None:
+    """The parameter that the node gives, past its quantizer, if it is one that no other node of the graph reads."""
+    if isinstance(quantizer_of(node, graph), WeightQuantizer):
+        assert isinstance(node, fx.Node)
+        if len(node.users) > 1:
+            return None
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value = resolve(graph, str(node.target))
+    same = [get for get in graph.graph.find_nodes(op="get_attr") if resolve(graph, str(get.target)) is value]
+    return value if isinstance(value, nn.Parameter) and sum(len(get.users) for get in same) == 1 else None

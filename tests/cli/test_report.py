@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from model_zoo.cards import Card
 from quantsim import QuantSim
 from tests.cli.conftest import Run, names_in
+from tests.report.test_report import data_in
 
 pytest.importorskip("plotly")
 
@@ -32,6 +34,23 @@ def test_a_model_is_calibrated_first_and_shown_beside_another(model: Path, check
     ran = run("report", model, *flags, "--before", checkpoint)
     assert ran.code == 0, ran.err
     assert names_in(tmp_path) == {"page.html", "page.json", "page.before.json"}
+
+
+def test_before_and_after_training_side_by_side(bundle: Card, texts: Path, tmp_path: Path, run: Run) -> None:
+    """The floating-point model of a card, calibrated, beside the simulation that the card holds."""
+    flags = ["--data", texts, "--max-length", 16]
+    assert run("quantize", bundle.folder, *flags, "--output", tmp_path / "ptq").code == 0
+    page = tmp_path / "page.html"
+    ran = run("report", bundle.folder, *flags, "--rows", 4, "--no-sensitivity", "--before", tmp_path / "ptq", "--output", page)
+    assert ran.code == 0, ran.err
+    found = data_in(page)
+    assert [subject["model"] for subject in found["subjects"]] == ["BertForSequenceClassification"] * 2
+    after, before = ([edge["sides"][i] for edge in found["edges"]] for i in (0, 1))
+    assert [side is None for side in after] == [side is None for side in before]
+    assert sum(a != b for a, b in zip(after, before, strict=True)) > len(after) / 4
+    command = ["report", bundle.folder, *flags, "--rows", 4, "--no-sensitivity", "--before", tmp_path / "page.before.json"]
+    assert run(*command, "--output", tmp_path / "again.html").code == 0
+    assert [edge["sides"][1] for edge in data_in(tmp_path / "again.html")["edges"]] == before
 
 
 def test_what_it_refuses(checkpoint: Path, texts: Path, tmp_path: Path, run: Run) -> None:

@@ -30,6 +30,11 @@ HEADS = {  # the name in the table: transformers' mapping from model_type to cla
     "image classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "feature extraction": modeling_auto.MODEL_MAPPING_NAMES,
 }
+AUTO = {head: "AutoModelFor" + "".join(word[0].upper() + word[1:] for word in head.split()) for head in HEADS} | {
+    "feature extraction": "AutoModel"
+}
+"""The class of transformers that reads a checkpoint of each head."""
+
 LEAST_SCORE = -1000.0  # of random weights; a mask that was not clamped lies at -1e4 or below
 
 
@@ -138,7 +143,7 @@ def check(case: Case, *, reload: bool = True) -> Found:
     sqnr = quantized_is_near(sim, padded)
     trains_a_step(sim, case, padded)
     if reload:
-        loads_what_was_saved(sim, padded)
+        loads_what_was_saved(sim, case, padded)
     own = sim.quantizers.values()
     weights = sum(isinstance(q, WeightQuantizer) for q in own)
     excused = Counter(p.reason for p in sim.placements if p.spec is None)
@@ -276,11 +281,17 @@ def unread(sim: QuantSim) -> set[int]:
 
 
 @torch.no_grad()
-def loads_what_was_saved(sim: QuantSim, batch: dict[str, Tensor]) -> None:
+def loads_what_was_saved(sim: QuantSim, case: Case, batch: dict[str, Tensor]) -> None:
+    """Both readers, ours and transformers' Auto class of the head, give a model of the class with the same outputs, bit for bit."""
     expected = outputs(sim.model, batch)
+    auto = getattr(transformers, AUTO[case.head])
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sim.save_pretrained(folder)
-        actual = outputs(QuantSim.from_pretrained(folder).model, batch)
-    for name, x in expected.items():
-        assert torch.equal(actual[name], x), f"{name} differs after save and load"
+        read = {"QuantSim": QuantSim.from_pretrained(folder).model, AUTO[case.head]: auto.from_pretrained(folder)}
+    for reader, model in read.items():
+        assert type(model).__name__ == case.architecture, f"{reader} read a {type(model).__name__}"
+        actual = outputs(model, batch)
+        assert actual.keys() == expected.keys()
+        for name, x in expected.items():
+            assert torch.equal(actual[name], x), f"{name} differs after {reader} read what was saved"

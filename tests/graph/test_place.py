@@ -108,7 +108,7 @@ def test_each_layer_has_one_edge_of_each_attention_role(role: str, op: str) -> N
 
 
 def test_residual_adds_are_no_mask_adds() -> None:
-    assert find(placed(), "bert.encoder.layer.0.output.add").attention is None
+    assert find(placed(), "bert.encoder.layer.0.output.add").attention == "residual"
 
 
 # ---- weights ----

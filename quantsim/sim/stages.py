@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING
 
-import torch
-import transformers  # its models are looked up when there is one: importing quantsim need not wait for them
-from torch import Tensor, nn
-from transformers.utils.generic import find_labels
+from torch import nn
 
-from quantsim.config import ConfigError, QuantConfig
-from quantsim.formats.aimet_config import is_aimet_config, read_aimet_config
 from quantsim.formats.aimet_encodings import LoadedEncodings, load_aimet_encodings, write_aimet_encodings
 from quantsim.formats.checkpoint import read_checkpoint, save_checkpoint
-from quantsim.formats.description import METHOD
 from quantsim.formats.model_card import model_card
 from quantsim.formats.onnx import export_onnx
 from quantsim.formats.onnx.edges import Bias
-from quantsim.graph.forward import GraphForward, refuse_pickle, run_on_graph
-from quantsim.graph.place import Placement, place
-from quantsim.graph.trace import trace
 from quantsim.kernels.cpu import missing_for_int8
 from quantsim.lowered import IntegerModel, LoweredModel
-from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State, WeightQuantizer
-from quantsim.quantizers.processes import on_every_process, world_size
-from quantsim.quantizers.range_estimators import Statistics
-from quantsim.report.coverage import coverage_table, summary
 from quantsim.report.report import write_report
 from quantsim.report.sensitivity import Metric
-from quantsim.rewrites.clamp_mask import clamp_mask
-from quantsim.rewrites.exact_products import exact_products
-from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers, weights_of
+from quantsim.rewrites.insert_quantizers import weights_of
 from quantsim.rewrites.integer_only import ForceDequant, integer_only
 from quantsim.rewrites.integer_only.training import IntegerOnlyTraining
 from quantsim.rewrites.lower_int8 import lower_int8
+from quantsim.sim.calibration import Calibration
+from quantsim.sim.simulation import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLUGIN = "quantsim.hf"  # stands above, and is found through transformers' registry of quantization methods
-Batch = Mapping[str, Tensor]
-Data = Iterable[Batch] | Callable[..., Any]
 
-
-class QuantSim:
+class QuantSim(Calibration):
     """A simulation of a quantized model.
 
     Args:
@@ -69,6 +49,7 @@ class QuantSim:
         ConfigError: the config means nothing, or one of its rules matches nothing in this model.
         TraceError: the model cannot be traced exactly.
 
+    >>> import torch
     >>> from transformers import BertConfig, BertForSequenceClassification
     >>> config = BertConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     >>> sim = QuantSim(BertForSequenceClassification(config).eval())
@@ -76,144 +57,6 @@ class QuantSim:
     >>> sim.model(input_ids=torch.randint(0, 99, (2, 7))).logits.shape
     torch.Size([2, 2])
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: QuantConfig | str | Path | None = None,
-        example_inputs: Batch | None = None,
-        *,
-        in_place: bool = False,
-    ) -> None:
-        if isinstance(model.__dict__.get("forward"), GraphForward):
-            raise ValueError(f"{type(model).__name__} is a simulation already; give QuantSim the model that it was made from")
-        self.config = resolve_config(config)
-        self.model = model if in_place else copy.deepcopy(model)
-        if example_inputs is not None:  # a training batch will do: labels are not traced
-            labels = find_labels(type(model))  # type: ignore[no-untyped-call]
-            example_inputs = {name: x for name, x in example_inputs.items() if name not in labels}
-        self.graph = trace(self.model, example_inputs)
-        if self.config.mask_clamp is not None:
-            clamp_mask(self.graph, self.config.mask_clamp)
-        self.placements: list[Placement] = place(self.graph, self.config)
-        insert_quantizers(self.graph, self.placements)
-        exact_products(self.graph, self.model.training)
-        run_on_graph(self.model, self.graph)
-        if isinstance(self.model, transformers.PreTrainedModel):
-            import_module(PLUGIN)
-            registry: Any = transformers.quantizers
-            registry.AutoHfQuantizer.from_config({"quant_method": METHOD, "config": self.config.to_dict()}).attach(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """An independent copy without another trace; of its model alone, ``copy.deepcopy(sim.model)`` makes one too."""
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.config, new.model, new.graph = self.config, copy.deepcopy(self.model, memo), copy.deepcopy(self.graph, memo)
-        nodes = {node.name: node for node in new.graph.graph.nodes}
-        new.placements = [replace(p, node=nodes[p.node.name]) for p in self.placements]
-        return new
-
-    def __reduce__(self) -> NoReturn:
-        refuse_pickle(self.model)
-
-    # ---- quantizers ----
-
-    @property
-    def quantizers(self) -> dict[str, FakeQuantizer]:
-        """Every quantizer by its placement's name, in the order of the graph."""
-        found = (
-            {q.name: q for q in self.model.get_submodule(ROOM).modules() if isinstance(q, FakeQuantizer)} if self._has_quantizers else {}
-        )
-        return {p.name: found[p.name] for p in self.placements if p.spec}
-
-    @property
-    def _has_quantizers(self) -> bool:
-        return any(p.spec for p in self.placements)
-
-    @contextmanager
-    def quantizers_off(self) -> Iterator[None]:
-        """Run in floating point inside the ``with`` block (a clamped mask stays clamped)."""
-        states = {q: q.state for q in self.quantizers.values()}
-        try:
-            for quantizer in states:
-                quantizer.state = State.OFF
-            yield
-        finally:
-            for quantizer, state in states.items():
-                quantizer.state = state
-
-    def freeze_ranges(self) -> None:
-        """Stop range learning: every calibrated quantizer keeps its present range."""
-        for quantizer in self.quantizers.values():
-            if quantizer.calibrated:
-                quantizer.state = State.FIXED
-
-    def range_parameters(self) -> list[nn.Parameter]:
-        """The ranges that are being learned, for an optimizer group of their own."""
-        return [p for q in self.quantizers.values() if q.state is State.LEARNING for p in (q.min, q.max)]
-
-    # ---- calibrate ----
-
-    @torch.no_grad()
-    def compute_encodings(self, data: Data, *args: Any) -> None:
-        """Calibrate: find a range for every quantizer. Weights need no data; activations see ``data`` with weights quantized.
-
-        Where ``torch.distributed`` runs more than one process, each calls this with batches of its own, none at all allowed
-        on some, and all get the ranges that one process would find on all the batches: the first batch of every process in
-        the order of ranks, then the second of each, and so on (the order matters to ``running_min_max`` alone).
-
-        Args:
-            data: an iterable of batches by keyword (a list, a ``DataLoader``), labels allowed and ignored; or a callable
-                that is given the model (AIMET's form), and ``args`` after it.
-
-        Raises:
-            CalibrationError: no data, an empty batch, values that are not finite, or an attention mask that was never
-                clamped, on any process. The ranges are then what they were before.
-        """
-        quantizers = self.quantizers
-        before = {q: (q.state, q.min.detach().clone(), q.max.detach().clone()) for q in quantizers.values()}
-        training = self.model.training
-        try:
-            self.model.eval()
-            activations = [q for q in quantizers.values() if not isinstance(q, WeightQuantizer)]
-            everyone = on_every_process(lambda: self._estimate(activations, data, args), CalibrationError)
-            for quantizer, statistics in zip(activations, zip(*everyone, strict=True), strict=True):
-                quantizer.estimator.merge(statistics)
-                quantizer.finish_estimating()
-        except BaseException:
-            for quantizer, (state, low, high) in before.items():
-                quantizer.restore(state, low, high)
-            raise
-        finally:
-            self.model.train(training)
-
-    def _estimate(self, activations: Sequence[FakeQuantizer], data: Data, args: Sequence[Any]) -> list[Statistics]:
-        """Finish the weights, send ``data`` through the model, and say what each of the activations' estimators keeps of it."""
-        for weight_quantizer, weight in weights_of(self.graph):
-            weight_quantizer.state = State.ESTIMATING
-            weight_quantizer.observe(weight)
-            weight_quantizer.finish_estimating()
-        for quantizer in activations:
-            quantizer.state = State.ESTIMATING
-        data(self.model, *args) if callable(data) else self._run(data)
-        return [quantizer.estimator.statistics() for quantizer in activations]
-
-    def _run(self, batches: Iterable[Batch]) -> None:
-        device = next(self.model.parameters()).device
-        inputs = [str(node.target) for node in self.graph.graph.find_nodes(op="placeholder")]
-        count = 0
-        for count, batch in enumerate(batches, 1):
-            if not isinstance(batch, Mapping):
-                raise CalibrationError(
-                    f"batch {count - 1} is a {type(batch).__name__}; expected inputs by keyword, as a tokenizer gives them"
-                )
-            taken = {name: x.to(device) for name, x in batch.items() if name in inputs}
-            if any(x.numel() == 0 for x in taken.values()):
-                shapes = {name: list(x.shape) for name, x in taken.items()}
-                raise CalibrationError(f"batch {count - 1} is empty: {shapes}")
-            self.model(**taken)
-        if not count and world_size() == 1:  # of several processes some may have none
-            raise CalibrationError("no batches to calibrate with; a DataLoader or generator that was used up before gives none")
 
     # ---- see ----
 
@@ -394,7 +237,7 @@ class QuantSim:
         """
         checkpoint = read_checkpoint(folder)
         sim = cls(checkpoint.build(model), checkpoint.config, in_place=True)
-        checkpoint.load_ranges(sim.quantizers)
+        checkpoint.load_added(sim.model, sim.quantizers)
         return sim
 
     # ---- encodings of other programs ----
@@ -443,22 +286,3 @@ class QuantSim:
                 quantizer's; no quantizer has changed then.
         """
         return load_aimet_encodings(path, self.model, self.placements, self.quantizers, strict, tensor_names)
-
-    def __repr__(self) -> str:
-        return f"QuantSim({type(self.model).__name__}, {self.config.name}: {summary(self.placements)})"
-
-    def __str__(self) -> str:
-        return coverage_table(self.graph, self.placements, self.quantizers)
-
-
-def resolve_config(config: QuantConfig | str | Path | None) -> QuantConfig:
-    """A config from itself, a preset's name, or the path of a JSON file in our form or in AIMET's."""
-    if config is None:
-        return QuantConfig.preset("aimet")
-    if isinstance(config, QuantConfig):
-        return config
-    if str(config).endswith(".json") or Path(config).exists():
-        return read_aimet_config(config) if is_aimet_config(config) else QuantConfig.from_json(config)
-    if isinstance(config, Path):
-        raise ConfigError(f"{config}: no such file")
-    return QuantConfig.preset(config)
