@@ -19,7 +19,6 @@ from tabulate import tabulate
 from model_zoo import results
 from model_zoo.cards import Card, find, names, verify
 from model_zoo.format import BUNDLED, MEASURED
-from model_zoo.publish import publish_run
 from quantsim import CheckpointError
 
 HEADERS = ("name", "task", "base model", "where", "size", "FP32", "PTQ", "QAT")
@@ -48,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "verify":
             return _verify(arguments.names or names())
         if arguments.command == "publish":
+            from model_zoo.publish import publish_run  # brings datasets and accelerate: seconds that the other commands don't need
+
             card = publish_run(arguments.folder, arguments.note)
             print(f"{listing([card])}\n\nwritten: {card.folder}")
             return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -88,9 +89,17 @@ def clone(sim: QuantSim) -> QuantSim:
 
 
 @cache
+def _traced(head: str) -> tuple[nn.Module, torch.fx.GraphModule]:
+    model = tiny_head(head)
+    return model, trace(model)
+
+
+@cache
 def _sim(head: str, config: QuantConfig, calibrated: bool) -> QuantSim:
     if not calibrated:
-        return QuantSim(tiny_head(head), config)
+        model, graph = copy.deepcopy(_traced(head))  # most of the time goes into the trace, which is that of every config
+        with patch("quantsim.sim.simulation.trace", return_value=graph):
+            return QuantSim(model, config, in_place=True)
     sim = clone(_sim(head, config, False))
     sim.compute_encodings([batch_for(head, seed=seed) for seed in (1, 2)])
     if head == "BertForSequenceClassification" and config.name == "aimet":

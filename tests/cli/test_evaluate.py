@@ -140,7 +140,9 @@ def test_the_head_decides_the_metrics() -> None:
 # ---- unlabelled ----
 
 
-@pytest.mark.parametrize("head", ["BertForTokenClassification", "BertForQuestionAnswering", "BertModel"])
+@pytest.mark.parametrize(
+    "head", ["BertForQuestionAnswering", "BertModel", pytest.param("BertForTokenClassification", marks=pytest.mark.slow)]
+)
 def test_outputs_of_any_head(head: str, base: Path, texts: Path, tmp_path: Path, run: Run) -> None:
     folder = save_model(tmp_path / "model", base, HEADS[head])
     for bits in (8, 3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,10 @@ def test_a_backend_that_cannot_be(flags: list[str], message: str, capsys: pytest
 
 
 def test_an_engine_that_is_not_installed(
-    monkeypatch: pytest.MonkeyPatch, bundle: Card, glue: str, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, bundle: Card, glue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "openvino", None)
-    flags = ["--model_config", "bert_w8a8_rte", "--checkpoint", str(bundle.folder), "--dataset", glue]
+    flags = ["--model_config", "bert_w8a8_rte", "--checkpoint", str(bundle.folder), "--dataset", glue, "--output_dir", str(tmp_path)]
     assert main([*flags, "--backend", "openvino"]) == 2
     assert 'not installed; pip install -e ".[bench]"' in capsys.readouterr().err
 

@@ -19,6 +19,7 @@ from tests.recipes.test_data import write_dataset
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "bert_w8a8"
 SMALL = "--finetune.epochs 1 --qat.epochs 1 --max_length 48 --rank 2 --quantization.calibration.rows 4 --qat.fused false"
+SMALL += " --quantization.compare_estimators [min_max]"  # and not mse too, which searches for seconds
 WORDS = ["a cat sat", "no dog ran far", "it rained", "they left the old house"]
 
 
@@ -37,7 +38,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["qnli", "mnli", "qqp", "squad"])
+@pytest.mark.parametrize("name", ["mnli", "squad", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qnli", "qqp"))])
 def test_end_to_end_on_a_part_of_the_validation_rows(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     task = TASKS[name]
     dataset = write_dataset(tmp_path / "data", task.hub_config, {task.splits[0]: rows_of(name)})
@@ -49,7 +50,7 @@ def test_end_to_end_on_a_part_of_the_validation_rows(base: Path, tmp_path: Path,
     assert bert_qat.main([*flags, "--fold", "0", "--folds", "3"]) == 0
     card = read_card(tmp_path / "out" / "bundle")
     verify(card)
-    assert set(card.estimators) == {"min_max", "mse"}
+    assert set(card.estimators) == {"min_max"}
     assert task.metric in card.metrics["qat"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["recipe"]["train_split"] == task.splits[0]
     with pytest.raises(CheckpointError, match="fold"):

@@ -16,7 +16,7 @@ from tests.recipes.test_bert_qat import files  # noqa: F401
 
 def test_two_seeds_of_a_tiny_recipe(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     flags = ["--recipe", str(files / "rte.yaml"), "--output_dir", str(tmp_path), "--seeds", "3", "4", "--offline", "--max_steps", "2"]
-    assert sweep.main([*flags, "--qat.fused", "false"]) == 0
+    assert sweep.main([*flags, "--qat.fused", "false", "--intermediate", "null"]) == 0
     cards = [read_card(tmp_path / f"seed-{seed}" / "bundle") for seed in (3, 4)]
     assert [card.seed for card in cards] == [3, 4]
     assert cards[0].files["w8a8.safetensors"] != cards[1].files["w8a8.safetensors"]

@@ -22,6 +22,7 @@ from recipes.quantized_stages import range_schedule
 from recipes.recipe import Qat, Training
 from recipes.tasks import TASKS, RecipeError
 from recipes.training import Job, checkpoints, parameter_groups, train
+from tests.tiny import clone
 
 SETTINGS = Training(lr=5e-3, epochs=3, batch=8, hidden_dropout=0.1)
 
@@ -161,6 +162,12 @@ def calibrated(model: BertForSequenceClassification, low_rank: bool = True) -> Q
     return sim
 
 
+@pytest.fixture(scope="module")
+def simulations(trained: BertForSequenceClassification) -> dict[bool, QuantSim]:
+    """``calibrated(trained, low_rank)`` by ``low_rank``, traced once, for tests to take copies of."""
+    return {low_rank: calibrated(trained, low_rank) for low_rank in (True, False)}
+
+
 def qat_job(sim: QuantSim, folder: Path, **changes: Any) -> Job:
     def freeze_late(step: int, total: int) -> None:
         if step >= total * 0.7 and sim.range_parameters():
@@ -171,8 +178,8 @@ def qat_job(sim: QuantSim, folder: Path, **changes: Any) -> Job:
 
 
 @pytest.mark.parametrize("low_rank", [True, False], ids=["low_rank", "full"])
-def test_qat_lowers_the_loss_and_moves_ranges(tmp_path: Path, trained: BertForSequenceClassification, low_rank: bool) -> None:
-    sim = calibrated(trained, low_rank)
+def test_qat_lowers_the_loss_and_moves_ranges(tmp_path: Path, simulations: dict[bool, QuantSim], low_rank: bool) -> None:
+    sim = clone(simulations[low_rank])
     before, ranges = loss_of(sim.model), {q: (q.min.detach().clone(), q.max.detach().clone()) for q in sim.quantizers.values()}
     train(qat_job(sim, tmp_path))
     assert loss_of(sim.model) < before * 0.9
@@ -180,8 +187,8 @@ def test_qat_lowers_the_loss_and_moves_ranges(tmp_path: Path, trained: BertForSe
     assert not sim.range_parameters()
 
 
-def test_killed_qat_resumes_with_ranges_and_their_state(tmp_path: Path, trained: BertForSequenceClassification) -> None:
-    whole, killed, resumed = (calibrated(trained) for _ in range(3))
+def test_killed_qat_resumes_with_ranges_and_their_state(tmp_path: Path, simulations: dict[bool, QuantSim]) -> None:
+    whole, killed, resumed = (clone(simulations[True]) for _ in range(3))
     train(qat_job(whole, tmp_path / "whole"))
     freeze = qat_job(killed, tmp_path / "killed")
 
@@ -258,8 +265,8 @@ def test_the_bar_shows_loss_and_metric(tmp_path: Path, capsys: pytest.CaptureFix
     assert re.search(r"train: .*loss=\d\.\d{4}, accuracy=\d+\.\d", shown)
 
 
-def test_delayed_quantization_then_learning_then_fixed_ranges(trained: BertForSequenceClassification) -> None:
-    sim = calibrated(trained)
+def test_delayed_quantization_then_learning_then_fixed_ranges(simulations: dict[bool, QuantSim]) -> None:
+    sim = clone(simulations[True])
     calibrations: list[int] = []
     settings = Qat(lr=1e-3, epochs=1, batch=8, delay=0.4, freeze_ranges_last=0.3)
 
@@ -277,7 +284,7 @@ def test_delayed_quantization_then_learning_then_fixed_ranges(trained: BertForSe
     assert calibrations == [1]
 
 
-def test_killed_in_or_after_the_delay_resumes(tmp_path: Path, trained: BertForSequenceClassification) -> None:
+def test_killed_in_or_after_the_delay_resumes(tmp_path: Path, simulations: dict[bool, QuantSim]) -> None:
     def delayed(sim: QuantSim, folder: Path, kill: int | None = None) -> Job:
         settings = Qat(lr=5e-3, epochs=2, batch=8, delay=0.5, freeze_ranges_last=0.2)
         schedule = range_schedule(sim, settings, lambda sim: sim.compute_encodings([collate(rows())]))
@@ -289,10 +296,10 @@ def test_killed_in_or_after_the_delay_resumes(tmp_path: Path, trained: BertForSe
 
         return qat_job(sim, folder, settings=settings, before_step=before_step, save_steps=1)
 
-    whole = calibrated(trained)
+    whole = clone(simulations[True])
     train(delayed(whole, tmp_path / "whole"))
     for kill in (2, 5, 6):  # in the delay, at the calibration, after it
-        killed, resumed = calibrated(trained), calibrated(trained)
+        killed, resumed = clone(simulations[True]), clone(simulations[True])
         with pytest.raises(Killed):
             train(delayed(killed, tmp_path / str(kill), kill))
         train(delayed(resumed, tmp_path / str(kill)))

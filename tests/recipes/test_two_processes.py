@@ -47,12 +47,33 @@ def launch(*command: str) -> str:
     return printed
 
 
+EXACT = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "mixed_precision": "no"}  # dropout is drawn by each process for its rows
+
+
 @pytest.fixture(scope="module")
-def both(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+def flags(files: Path) -> list[str]:  # noqa: F811
+    """The program's flags for a recipe without dropout."""
+    recipe = yaml.safe_load((files / "rte.yaml").read_text())
+    recipe["finetune"] |= EXACT
+    recipe["qat"] |= {"fused": False}  # compiling takes longer than all else here
+    recipe["intermediate"] = [before | EXACT for before in recipe["intermediate"]]
+    (files / "exact.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--recipe", str(files / "exact.yaml"), "--offline"]
+
+
+@pytest.fixture(scope="module")
+def two(base: Path, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes wrote: what each found, and the program's ``output``."""
     folder = tmp_path_factory.mktemp("two")
-    launch("-m", "tests.recipes.two_processes", str(base), str(folder))
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    printed = launch("-m", "tests.recipes.two_processes", str(base), str(folder), *flags, "--output_dir", str(folder / "output"))
+    assert [printed.count(said) for said in ("ptq: accuracy", "qat: accuracy", "bundle: ")] == [1, 1, 1]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(two: Path) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    return [torch.load(two / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -121,27 +142,11 @@ def test_training_gives_the_weights_of_one_process_with_the_whole_batch(both: li
 
 # ---- the program ----
 
-EXACT = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "mixed_precision": "no"}  # dropout is drawn by each process for its rows
-
 
 @pytest.fixture(scope="module")
-def flags(files: Path) -> list[str]:  # noqa: F811
-    """The program's flags for a recipe without dropout."""
-    recipe = yaml.safe_load((files / "rte.yaml").read_text())
-    recipe["finetune"] |= EXACT
-    recipe["qat"] |= {"fused": False}  # compiling takes longer than all else here
-    recipe["intermediate"] = [before | EXACT for before in recipe["intermediate"]]
-    (files / "exact.yaml").write_text(yaml.safe_dump(recipe))
-    return ["--recipe", str(files / "exact.yaml"), "--offline"]
-
-
-@pytest.fixture(scope="module")
-def output(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes wrote."""
-    folder = tmp_path_factory.mktemp("program") / "two"
-    printed = launch("recipes/bert_qat.py", *flags, "--output_dir", str(folder))
-    assert [printed.count(said) for said in ("ptq: accuracy", "qat: accuracy", "bundle: ")] == [1, 1, 1]
-    return folder
+def output(two: Path) -> Path:
+    """What the program wrote in two processes."""
+    return two / "output"
 
 
 @pytest.fixture(scope="module")

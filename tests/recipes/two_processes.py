@@ -1,6 +1,8 @@
 """What each of several processes does for ``test_two_processes.py``; a single process does the same, for comparison.
 
-accelerate launch --multi_gpu --num_processes 2 -m tests.recipes.two_processes BASE FOLDER
+accelerate launch --multi_gpu --num_processes 2 -m tests.recipes.two_processes BASE FOLDER FLAGS
+
+FLAGS are those of ``recipes/bert_qat.py``, which follows: starting processes takes longer than what they do.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertForQuestionAnswering
 
 from quantsim import CalibrationError, QuantConfig, QuantSim, Rule
+from recipes import bert_qat
 from recipes.data import encode
 from recipes.evaluation import Evaluation, evaluate
 from recipes.recipe import Qat, Training
@@ -121,6 +124,7 @@ def trainings(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    base, folder = map(Path, sys.argv[1:])
+    base, folder = map(Path, sys.argv[1:3])
     processes = PartialState(cpu=True)
     torch.save(everything(base, folder, processes), folder / f"{processes.process_index}.pt")
+    sys.exit(bert_qat.main(sys.argv[3:]))
