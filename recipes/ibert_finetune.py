@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,7 +72,7 @@ def full_precision(run: Run, start: str | None) -> None:
     """Stage 1: fine-tune the base model."""
     model, _, _ = fine_tune(run)
     whole = merged(model)
-    save_whole(run.folder, lambda folder: (whole.save_pretrained(folder), run.tokenizer.save_pretrained(folder)))
+    save_whole(run.folder, whole.save_pretrained, run.tokenizer.save_pretrained)
     run.measure("fp32", whole)
 
 
@@ -81,7 +82,7 @@ def quantize_only(run: Run, start: str | None) -> None:
     model = load_float(run, start)
     run.measure("fp32", model)
     sim = quantize(run, model)
-    sim.model.config.quant_mode = True  # type: ignore[union-attr, assignment]
+    sim.model.config.quant_mode = True  # type: ignore[union-attr]
     run.measure("quantized", sim.integer_only(run.args.force_dequant).model)
     if Path(start) == run.folder:
         run.say(f"kept aside in {run.folder / FULL_PRECISION}: {', '.join(set_aside(run.folder, MODEL + TRAINER_STATE, FULL_PRECISION))}")
@@ -94,6 +95,7 @@ def integer(run: Run, start: str | None) -> None:
     folder = Path(start)
     sim = QuantSim.from_pretrained(folder)
     teacher = read_checkpoint(folder).build()
+    assert isinstance(teacher, PreTrainedModel)  # it was built from a class name of transformers
     run.metrics |= read_json(folder / RESULTS).get("metrics", {})
     with sim.integer_only_training(run.args.force_dequant):
         train_quantized(run, sim, teacher, key_of("integer-only", run.args.force_dequant, file_sha256(folder / WEIGHTS)))
@@ -113,7 +115,7 @@ STAGES = {FULL_PRECISION: full_precision, QUANTIZE: quantize_only, INTEGER: inte
 
 def save(run: Run, sim: QuantSim) -> None:
     metrics = {name: value for name, value in list(run.metrics.values())[-1].items() if isinstance(value, float)}
-    save_whole(run.folder, lambda folder: sim.save_pretrained(folder, tokenizer=run.tokenizer, metrics=metrics))
+    save_whole(run.folder, partial(sim.save_pretrained, tokenizer=run.tokenizer, metrics=metrics))
 
 
 def load_float(run: Run, start: str) -> PreTrainedModel:

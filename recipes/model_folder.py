@@ -38,12 +38,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
-    """Let ``save`` write a model to a folder of its own, then move its files here, the config last: all that are replaced are whole."""
+def save_whole(folder: Path, *saves: Callable[[Path], object]) -> None:
+    """Let each of ``saves`` write to a folder apart, then move its files here, the config last: all that are replaced are whole."""
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    save(staging)
+    for save in saves:
+        save(staging)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(folder / path.name)
     staging.rmdir()

@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -80,14 +81,14 @@ def train(run: Run) -> None:
     rows = run.encoded(run.task, run.train_rows)
     if run.args.evaluate_during_training and run.args.eval_steps is None:
         run.args.eval_steps = math.ceil(len(rows) / settings.batch)  # once an epoch
-    key = run.stage_key(key_of(run.recipe.seed, before, sim.config.to_dict()), "q8bert", settings, rows)
+    key = run.stage_key(key_of(before, run.recipe.seed, sim.config.to_dict()), "q8bert", settings, rows)
     run.stage("q8bert", key, sim.model, rows, settings)
     settle(run, sim)
     run.measure("q8bert", sim.model)
     int8 = sim.lower()
     run.measure(INT8, int8.model)
-    save_whole(run.folder, lambda folder: sim.save_pretrained(folder, tokenizer=run.tokenizer, metrics=figures(run, "q8bert")))
-    save_whole(run.folder / INT8, lambda folder: (int8.save_pretrained(folder), run.tokenizer.save_pretrained(folder)))
+    save_whole(run.folder, partial(sim.save_pretrained, tokenizer=run.tokenizer, metrics=figures(run, "q8bert")))
+    save_whole(run.folder / INT8, int8.save_pretrained, run.tokenizer.save_pretrained)
     write_results(run.folder, {**results(run), "mode": run.args.mode, "bytes": sizes(run.folder)})
     run.say("\n".join(f"{name}: {size / 1e6:.1f} MB" for name, size in sizes(run.folder).items()))
 
