@@ -74,11 +74,12 @@ def follow(run: Run) -> Card | None:
 # ---- data ----
 
 
-def prepare(recipe: Recipe, args: argparse.Namespace, *, sample: bool = False) -> Run:
+def prepare(recipe: Recipe, args: argparse.Namespace, *, sample: bool = False, tokenizer: str | None = None) -> Run:
     """Find the rows; fold ``--fold`` of the training rows takes the place of the validation rows where it is given.
 
     Args:
         sample: where no dataset is named and none is at hand, train on a part of the project's own sample and measure on another.
+        tokenizer: the folder or Hub id of another than the base model's.
     """
     if args.offline:
         go_offline()
@@ -88,8 +89,8 @@ def prepare(recipe: Recipe, args: argparse.Namespace, *, sample: bool = False) -
         train_rows = train_rows.select(range(min(args.max_train_rows, len(train_rows))))
     if args.max_eval_rows is not None:
         eval_rows = eval_rows.select(range(min(args.max_eval_rows, len(eval_rows))))
-    tokenizer = load_tokenizer(recipe.base_model)
-    return Run(recipe, args, task, train_rows, eval_rows, split, tokenizer, args.output_dir or Path("runs") / recipe.name)
+    folder = args.output_dir or Path("runs") / recipe.name
+    return Run(recipe, args, task, train_rows, eval_rows, split, load_tokenizer(tokenizer or recipe.base_model), folder)
 
 
 def _rows(recipe: Recipe, args: argparse.Namespace, task: Task, sample: bool) -> tuple[Dataset, Dataset, str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -35,7 +34,7 @@ from recipes.bert_qat import overrides, prepare, results, table
 from recipes.glue_flags import add_glue_flags, glue_overrides
 from recipes.hub import hub_reachable
 from recipes.low_rank import merged
-from recipes.model_folder import MODEL, TRAINER_STATE, read_config, read_json, save_whole, set_aside
+from recipes.model_folder import MODEL, TRAINER_STATE, described, read_config, read_json, save_whole, set_aside
 from recipes.quantized_stages import quantize, train_quantized
 from recipes.reading import read_recipe
 from recipes.recipe import Recipe
@@ -55,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe, args = parse(arguments)
         start = start_of(args)
-        run = prepare(with_tokenizer_of(recipe, start), args, sample=True)
-        STAGES[args.stage](run, start)
-        write_results(run.folder, results(run))
+        run = prepare(recipe, args, sample=True, tokenizer=tokenizer_of(start))
+        model = STAGES[args.stage](run, start)
+        write_results(run.folder, {**results(run), "model": described(model)})
     except (RecipeError, CheckpointError, ConfigError, TraceError, CalibrationError, IntegerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,15 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- stages ----
 
 
-def full_precision(run: Run, start: str | None) -> None:
+def full_precision(run: Run, start: str | None) -> PreTrainedModel:
     """Stage 1: fine-tune the base model."""
     model, _, _ = fine_tune(run)
     whole = merged(model)
     save_whole(run.folder, whole.save_pretrained, run.tokenizer.save_pretrained)
     run.measure("fp32", whole)
+    return whole
 
 
-def quantize_only(run: Run, start: str | None) -> None:
+def quantize_only(run: Run, start: str | None) -> PreTrainedModel:
     """Stage 2: calibrate, and say so in config.json."""
     assert start is not None
     model = load_float(run, start)
@@ -87,9 +87,10 @@ def quantize_only(run: Run, start: str | None) -> None:
     if Path(start) == run.folder:
         run.say(f"kept aside in {run.folder / FULL_PRECISION}: {', '.join(set_aside(run.folder, MODEL + TRAINER_STATE, FULL_PRECISION))}")
     save(run, sim)
+    return model
 
 
-def integer(run: Run, start: str | None) -> None:
+def integer(run: Run, start: str | None) -> PreTrainedModel:
     """Stage 3: train the integers."""
     assert start is not None
     folder = Path(start)
@@ -108,6 +109,7 @@ def integer(run: Run, start: str | None) -> None:
     if folder == run.folder:
         set_aside(run.folder, MODEL, QUANTIZED)
     save(run, sim)
+    return teacher
 
 
 STAGES = {FULL_PRECISION: full_precision, QUANTIZE: quantize_only, INTEGER: integer}
@@ -168,14 +170,14 @@ def start_of(args: argparse.Namespace) -> str | None:
     return str(start)
 
 
-def with_tokenizer_of(recipe: Recipe, start: str | None) -> Recipe:
-    """The recipe on the model that the stage begins with; a card's is the recipe's own base model."""
+def tokenizer_of(start: str | None) -> str | None:
+    """Where the tokenizer of what the stage begins with is; ``None``: it is that of the recipe's base model."""
     if start is None or start in published():
-        return recipe
-    if Path(start).is_dir() and not any((Path(start) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        parent = Path(start).parent  # kept aside: tokenizers stay where they were
-        return replace(recipe, base_model=str(parent)) if (parent / "tokenizer.json").is_file() else recipe
-    return replace(recipe, base_model=start)
+        return None
+    if not Path(start).is_dir():
+        return start
+    folders = (Path(start), Path(start).parent)  # of a model that was kept aside it stayed where it was
+    return next((str(folder) for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
 
 
 # ---- command line ----

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 MODEL = ("config.json", "*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "README.md", "results.json")
 TRAINER_STATE = (
     "optimizer*",
@@ -36,6 +38,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """What ``config.json`` says; empty where there is none."""
     return read_json(folder / "config.json")
+
+
+def described(model: PreTrainedModel) -> str:
+    """A model in a few words, for a table of results.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> described(BertModel(BertConfig(vocab_size=9, hidden_size=24)))
+    'bert, 12 layers, 24 wide'
+    """
+    config = model.config
+    return f"{config.model_type}, {config.num_hidden_layers} layers, {config.hidden_size} wide"
 
 
 def save_whole(folder: Path, *saves: Callable[[Path], object]) -> None:

@@ -33,7 +33,7 @@ from recipes.base_model import set_dropouts
 from recipes.bert_qat import overrides, prepare, results, table
 from recipes.evaluation import Evaluation
 from recipes.glue_flags import add_glue_flags, glue_overrides
-from recipes.model_folder import read_config, save_whole
+from recipes.model_folder import described, read_config, save_whole
 from recipes.quantized_stages import calibrate
 from recipes.reading import read_recipe
 from recipes.recipe import Recipe
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the only bars are the stages'
     try:
         recipe, args = parse(arguments)
-        run = prepare(recipe, args, sample=True)
+        run = prepare(recipe, args, sample=True, tokenizer=tokenizer_of(args))
         if args.do_train:
             train(run)
         else:
@@ -76,6 +76,8 @@ def train(run: Run) -> None:
     settings = run.recipe.finetune
     model = starting_model(run)
     set_dropouts(model, settings.hidden_dropout, settings.attention_dropout)
+    if begins_fine_tuned(run):
+        run.measure("fp32", model)
     before = tensors_sha256(plain_state(model))
     sim = QuantSim(model.to(run.args.device).train(False), q8bert(run.args.mode), in_place=True)
     rows = run.encoded(run.task, run.train_rows)
@@ -89,7 +91,7 @@ def train(run: Run) -> None:
     run.measure(INT8, int8.model)
     save_whole(run.folder, partial(sim.save_pretrained, tokenizer=run.tokenizer, metrics=figures(run, "q8bert")))
     save_whole(run.folder / INT8, int8.save_pretrained, run.tokenizer.save_pretrained)
-    write_results(run.folder, {**results(run), "mode": run.args.mode, "bytes": sizes(run.folder)})
+    write_results(run.folder, {**results(run), "mode": run.args.mode, "bytes": sizes(run.folder), "model": described(model)})
     run.say("\n".join(f"{name}: {size / 1e6:.1f} MB" for name, size in sizes(run.folder).items()))
 
 
@@ -128,6 +130,11 @@ def settle(run: Run, sim: QuantSim) -> None:
     calibrate(run, sim)
     for quantizer, (state, low, high) in kept.items():
         quantizer.restore(state, low, high)
+
+
+def begins_fine_tuned(run: Run) -> bool:
+    """Training begins with a card's model, which is fine-tuned in FP32 already."""
+    return run.args.model_name_or_path in published()
 
 
 def figures(run: Run, what: str) -> dict[str, float]:
@@ -187,10 +194,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     check(args)
     recipe = read_recipe(args.recipe or RECIPES / f"{args.task_name}.yaml", {**glue_overrides(args, "finetune"), **overrides(rest)})
     args.output_dir = args.output_dir or args.model_path or Path("runs") / recipe.name
-    folder = args.model_path if not args.do_train else args.model_name_or_path
-    if folder is not None and (Path(folder) / "tokenizer.json").is_file():
-        recipe = replace(recipe, base_model=str(folder))
     return recipe, args
+
+
+def tokenizer_of(args: argparse.Namespace) -> str | None:
+    """Where the tokenizer of the given model is; ``None``: it is that of the recipe's base model."""
+    given = args.model_name_or_path if args.do_train else args.model_path
+    if given is None or given in published():
+        return None
+    return str(given) if not Path(given).is_dir() or (Path(given) / "tokenizer_config.json").is_file() else None
 
 
 def check(args: argparse.Namespace) -> None:
