@@ -41,7 +41,7 @@ from recipes.run import Run, key_of
 from recipes.stages import start
 from recipes.tasks import RecipeError
 
-RECIPES = Path(__file__).parent / "q8"
+RECIPES = Path(__file__).parent / "q8bert"
 TASKS = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 INT8 = "int8"
 PREDICTIONS = "predictions.txt"
@@ -164,8 +164,6 @@ def infer(run: Run) -> None:
 
 def load_int8(folder: Path) -> nn.Module:
     """The int8 model on int8 kernels; ``train()`` on it is a ``LoweringError``."""
-    if not (folder / INT8).is_dir():
-        raise RecipeError(f"--load_quantized_model: {folder} has no {INT8} folder; give the --output_dir of a training run")
     return QuantSim.from_pretrained(folder / INT8).lower().model
 
 
@@ -176,7 +174,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     """The recipe with its overrides, and the program's own flags."""
     paragraphs = __doc__.split("\n\n")
     parser = argparse.ArgumentParser("q8bert.py", description=paragraphs[0], epilog=paragraphs[2], allow_abbrev=False)
-    parser.add_argument("--task_name", "--task", choices=TASKS, help="its recipe is recipes/q8/<task>.yaml")
+    parser.add_argument("--task_name", "--task", choices=TASKS, help="its recipe is recipes/q8bert/<task>.yaml")
     parser.add_argument("--recipe", type=Path, help="another recipe, in place of the task's")
     parser.add_argument("--model_type", choices=("quant_bert",), default="quant_bert")
     parser.add_argument("--mode", choices=get_args(Mode), default="ema", help="how the ranges of activations are found in training")
@@ -213,6 +211,8 @@ def check(args: argparse.Namespace) -> None:
         raise RecipeError("--do_train begins with --model_name_or_path; --model_path and --load_quantized_model are for inference alone")
     if not args.do_train and args.model_path is None:
         raise RecipeError("give --do_train, or --model_path with what training left")
+    if args.load_quantized_model and not (args.model_path / INT8).is_dir():
+        raise RecipeError(f"--load_quantized_model: {args.model_path} has no {INT8} folder; give the --output_dir of a training run")
 
 
 if __name__ == "__main__":
