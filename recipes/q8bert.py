@@ -11,6 +11,7 @@ a fine-tuned one, or a card of the zoo. Every field of the recipe is a flag too 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 from collections.abc import Sequence
@@ -126,10 +127,10 @@ def settle(run: Run, sim: QuantSim) -> None:
     if not waiting:
         return
     run.say(f"trained for fewer steps than start_step; calibrated instead: {', '.join(waiting)}")
-    kept = {q: (q.state, q.min.detach().clone(), q.max.detach().clone()) for name, q in quantizers.items() if name not in waiting}
+    kept = {q: (q.state, copy.deepcopy(q.range_tensors())) for name, q in quantizers.items() if name not in waiting}
     calibrate(run, sim)
-    for quantizer, (state, low, high) in kept.items():
-        quantizer.restore(state, low, high)
+    for quantizer, (state, tensors) in kept.items():
+        quantizer.restore(state, tensors)
 
 
 def begins_fine_tuned(run: Run) -> bool:
