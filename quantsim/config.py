@@ -17,6 +17,7 @@ from typing import Any, Literal, Self, get_args
 EstimatorName = Literal["min_max", "running_min_max", "percentile", "mse", "sqnr"]
 Role = Literal["weight", "activation", "input"]
 Grouping = Literal["range", "order"]
+Follow = Literal["no", "ema", "dynamic"]
 
 MIN_BITS, MAX_BITS = 2, 16
 
@@ -61,11 +62,15 @@ class QuantSpec:
         estimator: how calibration turns values into a range (``quantsim.quantizers.range_estimators``).
         learn: the range is trained after calibration (range learning), or stays fixed.
         percentile: for ``estimator="percentile"``, in percent, above 50.
-        momentum: for ``estimator="running_min_max"``, the weight of the past.
+        momentum: for ``estimator="running_min_max"``, and for ``follow="ema"``, the weight of the past.
         groups: so many ranges along ``axis`` in place of one each, for activations: per-embedding-group quantization (Bondarenko et
             al., 2021). A group's range holds those that the estimator finds for its channels.
         group_by: channels of like ``range`` share a group (they are sorted by its width), or neighbours in ``order``; the groups are
             equal in size, to one channel.
+        follow: the range follows the values while the model is trained, in place of being learned (``quantsim.quantizers.following``):
+            ``"ema"``, an average that the first tensor begins; ``"dynamic"``, each tensor's own (of activations in evaluation too).
+        start_step: with ``follow``, so many forward passes in training leave the edge in floating point before.
+        straight_through: the gradient passes where values are clipped too.
 
     >>> QuantSpec(bits=4, symmetric=True, axis=0).quant_min
     -8
@@ -80,6 +85,9 @@ class QuantSpec:
     momentum: float = 0.9
     groups: int | None = None
     group_by: Grouping = "range"
+    follow: Follow = "no"
+    start_step: int = 0
+    straight_through: bool = False
 
     def __post_init__(self) -> None:
         whole = isinstance(self.bits, int) and not isinstance(self.bits, bool)
@@ -96,6 +104,11 @@ class QuantSpec:
         is_count = self.groups is None or (isinstance(self.groups, int) and not isinstance(self.groups, bool) and self.groups > 0)
         _expect(is_count, "QuantSpec.groups", self.groups, "a number of groups, or null for none")
         _expect(self.group_by in get_args(Grouping), "QuantSpec.group_by", self.group_by, f"one of {', '.join(get_args(Grouping))}")
+        _expect(self.follow in get_args(Follow), "QuantSpec.follow", self.follow, f"one of {', '.join(get_args(Follow))}")
+        is_count = isinstance(self.start_step, int) and not isinstance(self.start_step, bool) and self.start_step >= 0
+        _expect(is_count, "QuantSpec.start_step", self.start_step, "a number of steps, 0 for none")
+        _expect(self.follow == "no" or self.groups is None, "QuantSpec.groups", self.groups, "null where the range follows the values")
+        _expect(isinstance(self.straight_through, bool), "QuantSpec.straight_through", self.straight_through, "true or false")
 
     @property
     def quant_min(self) -> int:
@@ -110,12 +123,13 @@ class QuantSpec:
         where = "per tensor" if self.axis is None else f"per channel (axis {self.axis})"
         if self.axis is not None and self.groups is not None:
             where = f"in {self.groups} groups by {self.group_by} (axis {self.axis})"
-        return f"{self.bits}-bit {kind} {where}"
+        return f"{self.bits}-bit {kind} {where}" + (f", {self.follow}" if self.follow != "no" else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields; those of groups only where there are any."""
-        values = asdict(self)
-        return values if self.groups is not None else {name: values[name] for name in values if name not in ("groups", "group_by")}
+        """Its fields; those of groups and of ranges that follow only where they ask for something."""
+        given, always = QuantSpec(), ("bits", "symmetric", "axis", "estimator", "learn", "percentile", "momentum")
+        values = {name: x for name, x in asdict(self).items() if name in always or x != getattr(given, name)}
+        return values if self.groups is None else values | {"group_by": self.group_by}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -233,6 +247,7 @@ class QuantConfig:
         supergroups: op sequences that run as one: only the last output is quantized, as ``("linear", "gelu")``.
         activations_before: only activations that one of these ops reads are quantized (``("linear",)``: what an integer product
             takes); empty quantizes all.
+        float_elsewhere: what ``activations_before`` quantizes stays in floating point for other readers (a residual's sum).
         rules: exceptions, later ones winning.
         post_training: what calibration does to weights, beside finding ranges; nothing by default.
         name: the preset's name, for reports.
@@ -249,6 +264,7 @@ class QuantConfig:
     mask_clamp: float | None = -6.0
     supergroups: tuple[tuple[str, ...], ...] = ()
     activations_before: tuple[str, ...] = ()
+    float_elsewhere: bool = False
     rules: tuple[Rule, ...] = ()
     post_training: PostTraining = PostTraining()
     name: str = "custom"
@@ -271,6 +287,7 @@ class QuantConfig:
         groups = tuple(tuple(group) for group in self.supergroups)
         before = self.activations_before
         _expect(isinstance(before, (tuple, list)), "QuantConfig.activations_before", before, "a list of ops")
+        _expect(isinstance(self.float_elsewhere, bool), "QuantConfig.float_elsewhere", self.float_elsewhere, "true or false")
         are_rules = isinstance(self.rules, (tuple, list)) and all(isinstance(rule, Rule) for rule in self.rules)
         _expect(are_rules, "QuantConfig.rules", self.rules, "a list of rules")
         _expect(isinstance(self.post_training, PostTraining), "QuantConfig.post_training", self.post_training, "a PostTraining")
@@ -293,7 +310,9 @@ class QuantConfig:
             "supergroups": [list(group) for group in self.supergroups],
             "activations_before": list(self.activations_before),
             "rules": [rule.to_dict() for rule in self.rules],
-        } | ({"post_training": self.post_training.to_dict()} if self.post_training else {})
+            **({"float_elsewhere": True} if self.float_elsewhere else {}),
+            **({"post_training": self.post_training.to_dict()} if self.post_training else {}),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -80,9 +80,24 @@ def load_base(name: str, num_labels: int, *, span: bool = False, seed: int = 0) 
     Raises:
         RecipeError: no such model.
     """
+    model, _ = _load(base_model_folder(name), num_labels, seed, span)
+    return model, load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model: a Hub id or a folder.
+
+    Raises:
+        RecipeError: no such model.
+    """
     folder = base_model_folder(name)
-    model, _ = _load(folder, num_labels, seed, span)
-    return model, AutoTokenizer.from_pretrained(folder)
+    if not Path(folder).is_dir():
+        hub_reachable()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+    return tokenizer
 
 
 def base_state(name: str, num_labels: int, *, span: bool = False) -> dict[str, Tensor]:
@@ -112,9 +127,12 @@ def _load(folder: str, num_labels: int, seed: int, span: bool) -> tuple[PreTrain
         try:
             model, info = auto.from_pretrained(folder, num_labels=num_labels, dtype=torch.float32, output_loading_info=True)
         except (OSError, ValueError) as error:
-            expected = "expected a model's folder, or a Hub id and the Hub in reach"
-            raise RecipeError(f"base_model: {folder} cannot be read; {expected} ({error})") from error
+            raise _unreadable(folder, error) from error
     return model, set(info["missing_keys"])
+
+
+def _unreadable(folder: str, error: Exception) -> RecipeError:
+    return RecipeError(f"base_model: {folder} cannot be read; expected a model's folder, or a Hub id and the Hub in reach ({error})")
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from transformers.utils import logging as transformers_logging
 from model_zoo.cards import Card
 from model_zoo.publish import write_bundle, write_results
 from quantsim import CalibrationError, CheckpointError, ConfigError, TraceError
-from recipes.base_model import base_state, load_base
-from recipes.data import load_rows, rows_sha256
-from recipes.hub import go_offline
+from recipes.base_model import base_state, load_tokenizer
+from recipes.data import DataError, load_rows, load_sample, rows_sha256
+from recipes.hub import go_offline, hub_reachable
 from recipes.low_rank import low_rank_delta, merged
 from recipes.quantized_stages import compare_estimators, quantize, train_quantized
 from recipes.reading import read_recipe
@@ -74,13 +74,35 @@ def follow(run: Run) -> Card | None:
 # ---- data ----
 
 
-def prepare(recipe: Recipe, args: argparse.Namespace) -> Run:
-    """Find the rows; fold ``--fold`` of the training rows takes the place of the validation rows where it is given."""
+def prepare(recipe: Recipe, args: argparse.Namespace, *, sample: bool = False, tokenizer: str | None = None) -> Run:
+    """Find the rows; fold ``--fold`` of the training rows takes the place of the validation rows where it is given.
+
+    Args:
+        sample: where no dataset is named and none is at hand, train on a part of the project's own sample and measure on another.
+        tokenizer: the folder or Hub id of another than the base model's.
+    """
     if args.offline:
         go_offline()
     task = find_task(recipe.task)
+    train_rows, eval_rows, split = _rows(recipe, args, task, sample)
+    if args.max_train_rows is not None:
+        train_rows = train_rows.select(range(min(args.max_train_rows, len(train_rows))))
+    if args.max_eval_rows is not None:
+        eval_rows = eval_rows.select(range(min(args.max_eval_rows, len(eval_rows))))
+    folder = args.output_dir or Path("runs") / recipe.name
+    return Run(recipe, args, task, train_rows, eval_rows, split, load_tokenizer(tokenizer or recipe.base_model), folder)
+
+
+def _rows(recipe: Recipe, args: argparse.Namespace, task: Task, sample: bool) -> tuple[Dataset, Dataset, str]:
+    """Rows to train on, rows to measure on, and what the latter are."""
     dataset = recipe.dataset or task.hub_id
-    train_rows, _ = load_rows(task, dataset, recipe.train_split)
+    try:
+        train_rows, _ = load_rows(task, dataset, recipe.train_split)
+    except DataError:
+        if not sample or recipe.dataset is not None or hub_reachable():
+            raise
+        fold = args.fold or 0
+        return *in_folds(load_sample(task)[0], task, args.folds, fold), f"the project's own sample, fold {fold} of {args.folds}"
     split = task.splits[0]
     if args.fold is not None:
         train_rows, eval_rows = in_folds(train_rows, task, args.folds, args.fold)
@@ -91,12 +113,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace) -> Run:
         )
     else:
         eval_rows, _ = load_rows(task, dataset, split)
-    if args.max_train_rows is not None:
-        train_rows = train_rows.select(range(min(args.max_train_rows, len(train_rows))))
-    if args.max_eval_rows is not None:
-        eval_rows = eval_rows.select(range(min(args.max_eval_rows, len(eval_rows))))
-    _, tokenizer = load_base(recipe.base_model, task.num_labels, span=task.span)
-    return Run(recipe, args, task, train_rows, eval_rows, split, tokenizer, args.output_dir or Path("runs") / recipe.name)
+    return train_rows, eval_rows, split
 
 
 def in_folds(rows: Dataset, task: Task, folds: int, fold: int) -> tuple[Dataset, Dataset]:
@@ -135,10 +152,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folds", type=int, default=5, help="into how many folds --fold cuts the training rows")
     parser.add_argument("--fold", type=int, help="evaluate on this fold of the training rows and train on the others (to choose settings)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-    parser.add_argument("--eval_batch_size", type=int, default=8)
+    parser.add_argument("--eval_batch_size", "--per_device_eval_batch_size", type=int, default=8)
     parser.add_argument("--max_steps", type=int, help="optimizer steps of each stage, for trials")
-    parser.add_argument("--max_train_rows", type=int, help="of each training set, for trials")
-    parser.add_argument("--max_eval_rows", type=int, help="for trials")
+    parser.add_argument("--max_train_rows", "--max_train_samples", type=int, help="of each training set, for trials")
+    parser.add_argument("--max_eval_rows", "--max_eval_samples", type=int, help="for trials")
     parser.add_argument("--eval_steps", type=int, help="steps between evaluations during training; default none before the end")
     parser.add_argument("--save_steps", type=int, help="steps between checkpoints; default once an epoch")
     parser.add_argument("--offline", action="store_true", help="never ask the Hub")

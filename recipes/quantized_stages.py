@@ -60,6 +60,7 @@ def compare_estimators(run: Run, model: PreTrainedModel) -> None:
 def train_quantized(run: Run, sim: QuantSim, teacher: PreTrainedModel, key: str) -> None:
     """QAT of weights and ranges; the ranges are fixed for the last part, and afterwards."""
     settings = run.recipe.qat
+    padded = run.task.span or sim.config.mask_clamp is not None  # with the mask as it is, padding changes no logit
     rows = run.encoded(run.task, run.train_rows, padded=run.task.span)
     key = run.stage_key(key_of(key, asdict(run.recipe.quantization.calibration), sim.config.to_dict()), "qat", settings, rows)
     loss: Loss = label_loss
@@ -71,7 +72,7 @@ def train_quantized(run: Run, sim: QuantSim, teacher: PreTrainedModel, key: str)
         quantizer.lsq_gradients = settings.range_gradient == "lsq"
     ranges: dict[str, Any] = {"ranges": sim.range_parameters(), "range_lr": settings.range_lr}
     schedule = range_schedule(sim, settings, lambda sim: calibrate(run, sim))
-    run.stage("qat", key, sim.model, rows, settings, loss=loss, padded=True, fused=settings.fused, before_step=schedule, **ranges)
+    run.stage("qat", key, sim.model, rows, settings, loss=loss, padded=padded, fused=settings.fused, before_step=schedule, **ranges)
     sim.freeze_ranges()
 
 

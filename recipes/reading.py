@@ -22,7 +22,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 
     Args:
         path: the file. ``extends: other.yaml`` in it takes that file's fields (its path seen from this one's folder), and
-            changes those that it names itself.
+            changes those that it names itself. Of several files, ``[one.yaml, other.yaml]``, later ones win.
         overrides: dotted field → its value as YAML, as flags give them: ``{"qat.lr": "1e-5", "intermediate.0.epochs": "1"}``.
 
     Raises:
@@ -46,8 +46,10 @@ def _load(path: Path, above: tuple[Path, ...] = ()) -> Any:
         raise RecipeError(f"{path}: not readable as YAML ({error})") from error
     if not isinstance(values, dict) or EXTENDS not in values:
         return values
-    base = _load(path.parent / str(values.pop(EXTENDS)), (*above, path.resolve()))
-    return _merged(base, values)
+    extended = values.pop(EXTENDS)
+    for name in reversed(extended if isinstance(extended, list) else [extended]):
+        values = _merged(_load(path.parent / str(name), (*above, path.resolve())), values)
+    return values
 
 
 def _merged(base: Any, changes: Any) -> Any:

@@ -55,7 +55,10 @@ class Run:
 
     def measure(self, what: str, model: nn.Module) -> dict[str, Any]:
         """Evaluate as the evaluator does, print it, and keep it under ``what``; the metrics with ``rows`` and ``split``."""
-        result = self.evaluate(model, f"evaluate {what}")
+        return self.keep(what, self.evaluate(model, f"evaluate {what}"))
+
+    def keep(self, what: str, result: Evaluation) -> dict[str, Any]:
+        """Print an evaluation, and keep its metrics under ``what``, with ``rows`` and ``split``."""
         self.metrics[what] = {**result.metrics, "rows": result.rows, "split": self.eval_split}
         self.seconds[f"evaluate {what}"] = round(result.seconds, 1)
         self.say(f"{what}: " + ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items()))

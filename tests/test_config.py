@@ -16,7 +16,7 @@ PRESETS = QuantConfig.presets()
 
 
 def test_the_presets_are_these() -> None:
-    assert PRESETS == ["aimet", "aimet_per_tensor", "bondarenko", "deploy", "ibert"]
+    assert PRESETS == ["aimet", "aimet_per_tensor", "bondarenko", "deploy", "ibert", "q8bert"]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,4 +1,4 @@
-"""Imports run downwards only: hf → sim → lowered, post_training → report → rewrites, formats → quantizers → graph, kernels → the rest."""
+"""Imports run downwards only: hf, ibert → sim → lowered, … → report → rewrites, formats → quantizers → graph, kernels → the rest."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ LEVELS = {
     "integer_training": 6,
     "sim": 7,
     "hf": 8,
+    "ibert": 8,
     "__init__": 9,
 }
 PROGRAMS = {"cli": 98, "__main__": 99}  # above all; they use what is installed beside the library too: recipes and model_zoo

@@ -27,6 +27,7 @@ class Placement:
         node: the node that makes the edge, or for a weight the node that takes it.
         edge: ``"output"``, or which argument of the node.
         weight: for a weight the node that makes it.
+        readers: the only ops that read it quantized; empty: all.
         name: the module's path and what it is (``bert.pooler.dense.weight``, ``bert.encoder.layer.0.attention.self.softmax``).
         op, role: what rules match.
         spec: ``None`` leaves the edge in floating point.
@@ -43,6 +44,7 @@ class Placement:
     reason: str = ""
     attention: str | None = None
     weight: fx.Node | None = None
+    readers: tuple[str, ...] = ()
 
 
 def place(graph: fx.GraphModule, config: QuantConfig, roles: Roles | None = None) -> list[Placement]:
@@ -87,6 +89,7 @@ def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
             yield Placement(e.node, e.index, e.name, e.op, "weight", spec, reason, weight=e.weight)
         if node in roles.name and node not in in_weights:
             spec, reason = config.activations, "" if config.activations else "activations are left as they are"
+            readers: tuple[str, ...] = config.activations_before if config.float_elsewhere else ()
             if roles.from_ids_alone(node):
                 spec, reason = None, FROM_IDS
             elif spec is not None and node in inside:
@@ -97,7 +100,9 @@ def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
                 spec, reason = None, UNSCALED
             elif spec is not None and config.activations_before and not roles.is_read_by(node, config.activations_before):
                 spec, reason = None, f"no {' or '.join(config.activations_before)} reads it"
-            yield Placement(node, "output", roles.name[node], kinds.get(node, op), "activation", spec, reason, roles.role.get(node))
+            yield Placement(
+                node, "output", roles.name[node], kinds.get(node, op), "activation", spec, reason, roles.role.get(node), None, readers
+            )
 
 
 def _inside_supergroups(placements: list[Placement], roles: Roles, config: QuantConfig) -> list[Placement]:
@@ -117,7 +122,7 @@ def _inside_supergroups(placements: list[Placement], roles: Roles, config: Quant
 
 
 def _decide(placement: Placement, config: QuantConfig, matched: set[Rule]) -> Placement:
-    spec, reason = placement.spec, placement.reason
+    spec, reason, readers = placement.spec, placement.reason, placement.readers
     if reason in (FROM_IDS, UNSCALED):
         return placement
     for rule in config.rules:
@@ -128,13 +133,14 @@ def _decide(placement: Placement, config: QuantConfig, matched: set[Rule]) -> Pl
             spec, reason = None, rule.reason or f"off by {rule}"
         elif rule.enabled is True and spec is None:
             spec, reason = (config.weights if placement.role == "weight" else config.activations) or QuantSpec(), ""
+            readers = ()
         if spec is not None:
             spec = rule.apply(spec)
     if spec is not None and spec.axis is not None:
         _check_axis(spec, placement)
     elif spec is not None and spec.groups is not None:
         raise ConfigError(f"{placement.name}: {spec.groups} groups and no axis that they lie along; set axis too, as axis=-1")
-    return replace(placement, spec=spec, reason=reason)
+    return replace(placement, spec=spec, reason=reason, readers=readers if spec else ())
 
 
 def _check_axis(spec: QuantSpec, placement: Placement) -> None:

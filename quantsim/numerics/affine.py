@@ -44,6 +44,27 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` to the bit, with the gradient of ``x``.
+
+    >>> x = torch.tensor([1.0], requires_grad=True)
+    >>> straight_through(2 * x, torch.tensor([7.0])).backward()
+    >>> x.grad
+    tensor([2.])
+    """
+    return _StraightThrough.apply(x, value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, value):  # type: ignore[no-untyped-def]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return g, None
+
+
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """``x`` to the bit, with its gradient multiplied by ``factor``.
 

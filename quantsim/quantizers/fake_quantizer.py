@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantsim.config import QuantSpec
-from quantsim.numerics.affine import AffineParams, affine_params, fake_quantize, scale_gradient
+from quantsim.numerics.affine import AffineParams, affine_params, fake_quantize, scale_gradient, straight_through
 from quantsim.numerics.fused import fused_fake_quantize, fused_kernels_active
 from quantsim.quantizers.range_estimators import RangeEstimator, range_estimator
 
@@ -24,14 +24,17 @@ class CalibrationError(RuntimeError):
 class State(Enum):
     """What a quantizer does with the tensor that passes through.
 
-    ``OFF`` and ``ESTIMATING`` pass it on unchanged; ``FIXED`` and ``LEARNING`` quantize it, and in ``LEARNING`` the
-    range is trained.
+    ``OFF``, ``ESTIMATING`` and ``WAITING`` pass it on unchanged; ``FIXED``, ``LEARNING`` and ``FOLLOWING`` quantize it. In
+    ``LEARNING`` the range is trained; in ``FOLLOWING`` it follows the values, for which ``WAITING`` waits
+    (``quantsim.quantizers.following``).
     """
 
     OFF = 0
     ESTIMATING = 1
     FIXED = 2
     LEARNING = 3
+    WAITING = 4
+    FOLLOWING = 5
 
 
 class FakeQuantizer(nn.Module):
@@ -94,7 +97,7 @@ class FakeQuantizer(nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        return self._state in (State.FIXED, State.LEARNING)
+        return self._state in (State.FIXED, State.LEARNING, State.FOLLOWING)
 
     def finish_estimating(self) -> None:
         """Take the estimator's range and start quantizing, learning where the spec says so.
@@ -160,7 +163,7 @@ class FakeQuantizer(nn.Module):
         with torch.no_grad():
             self.min.copy_(low.expand_as(self.min))
             self.max.copy_(high.expand_as(self.max))
-        self.state = State.LEARNING if self.spec.learn else State.FIXED
+        self.state = State.FOLLOWING if self.spec.follow != "no" else State.LEARNING if self.spec.learn else State.FIXED
 
     # ---- the range in use ----
 
@@ -183,12 +186,14 @@ class FakeQuantizer(nn.Module):
         return affine_params(low, high, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._state is State.OFF:
+        if self._state in (State.OFF, State.WAITING):
             return x
         if self._state is State.ESTIMATING:
             self.observe(x)
             return x
         params = self._lsq_params(x) if self.lsq_gradients else self.affine_params()
+        if self.spec.straight_through and torch.is_grad_enabled() and x.requires_grad:
+            return straight_through(x, fake_quantize(x.detach(), params))
         if fused_kernels_active() and torch.is_grad_enabled() and (x.requires_grad or params.scale.requires_grad):
             return fused_fake_quantize(x, params)
         return fake_quantize(x, params, self.overwrites)

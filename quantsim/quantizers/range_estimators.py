@@ -52,7 +52,8 @@ def range_estimator(spec: QuantSpec) -> RangeEstimator:
     return LeastNoise(spec, clip_weight=CLIP_WEIGHT_SQNR if spec.estimator == "sqnr" else 1.0)
 
 
-def _min_max(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+def min_max(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value in float32: ``[]``, or of each index of ``axis`` ``[C]``."""
     if axis is None:
         low, high = torch.aminmax(x)
     else:
@@ -68,7 +69,7 @@ class MinMax:
         self.seen: tuple[Tensor, Tensor] | None = None
 
     def observe(self, x: Tensor) -> None:
-        self._take(_min_max(x, self.axis))
+        self._take(min_max(x, self.axis))
 
     def statistics(self) -> Statistics:
         return () if self.seen is None else (self.seen[0].cpu(), self.seen[1].cpu())
@@ -99,7 +100,7 @@ class RunningMinMax:
         self.batches: list[Tensor] = []  # [2] or [2, C] each
 
     def observe(self, x: Tensor) -> None:
-        self.batches.append(torch.stack(_min_max(x, self.axis)))
+        self.batches.append(torch.stack(min_max(x, self.axis)))
 
     def statistics(self) -> Statistics:
         return tuple(batch.cpu() for batch in self.batches)

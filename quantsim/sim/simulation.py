@@ -56,7 +56,7 @@ class Simulation:
         if self.config.post_training.smooth is not None:
             unscale_reads(self.graph)
         self.placements: list[Placement] = place(self.graph, self.config)
-        insert_quantizers(self.graph, self.placements)
+        insert_quantizers(self.graph, self.placements, self.model.training)
         exact_products(self.graph, self.model.training)
         run_on_graph(self.model, self.graph)
         if isinstance(self.model, transformers.PreTrainedModel):

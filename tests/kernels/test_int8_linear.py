@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -48,6 +49,20 @@ def test_product_is_exact(packs, grid, shape, bias):
     assert x(q).dtype == torch.float32
     assert x(q).shape == (*shape[:-1], 48)
     torch.testing.assert_close(x(q).double(), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(bool(EXACT), reason=EXACT)
+def test_signed_activations_run_on_a_kernel_too():
+    """oneDNN computes int8 × int8 by its reference code, some thousand times slower; ours must not get there."""
+    seconds = {}
+    for name, grid in (("uint8", UNSIGNED), ("int8", SIGNED)):
+        x, q = layer(192, 192, grid), integers(grid, 192, 192)
+        x(q)
+        began = time.process_time()
+        for _ in range(20):
+            x(q)
+        seconds[name] = time.process_time() - began
+    assert seconds["int8"] < 50 * seconds["uint8"]
 
 
 @pytest.mark.parametrize("packs", WAYS)

@@ -51,7 +51,7 @@ def test_only_a_learning_range_takes_gradients(state: State) -> None:
     quantizer = FakeQuantizer(QuantSpec(), "some.edge")
     quantizer.state = state
     assert quantizer.min.requires_grad == quantizer.max.requires_grad == (state is State.LEARNING)
-    assert quantizer.calibrated == (state in (State.FIXED, State.LEARNING))
+    assert quantizer.calibrated == (state in (State.FIXED, State.LEARNING, State.FOLLOWING))
 
 
 @pytest.mark.parametrize(("learn", "state"), [(True, State.LEARNING), (False, State.FIXED)], ids=["learn", "fixed"])

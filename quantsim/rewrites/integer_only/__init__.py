@@ -142,6 +142,10 @@ def _module(b: Builder, node: fx.Node) -> Value:
         only_products = all(op_of(user, b.source) == "linear" and user.args[0] is not node for user in node.users)
         return x if only_products else Constant(module(x.value).detach())
     spec, params = module.spec, module.affine_params()
+    if spec.follow == "dynamic":
+        raise IntegerError(
+            f"{module.name}: its range is each tensor's own (dynamic); an edge of the integer graph has a scale that is known"
+        )
     if spec.axis is not None:
         raise IntegerError(f"{module.name}: {spec}; an edge of the integer graph has one scale")
     dtype = torch.int32 if spec.bits > 8 else torch.int8 if spec.symmetric else torch.uint8

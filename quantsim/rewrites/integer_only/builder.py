@@ -12,9 +12,15 @@ from torch import Tensor, fx, nn
 from quantsim.graph.roles import resolve
 from quantsim.kernels.edges import COMPUTES, from_integers, to_integers
 from quantsim.numerics.dyadic import INT32_MAX, OverflowRisk, channel_rescale, dyadic, rescale, rescale_channels
+from quantsim.numerics.polynomial import NORM_IN_BITS
 from quantsim.rewrites.integer_only.values import Channels, Choice, Constant, Floats, IntegerError, Ints, Value
 from quantsim.rewrites.lower_int8.weights import ROOM
 from quantsim.rewrites.lower_int8.whole import put
+
+SUM_BITS = NORM_IN_BITS
+"""A sum (of embeddings, or a residual's) has as many bits as a norm takes."""
+FACTOR_BITS = 16
+"""A factor that is computed, and rows that have no quantizer."""
 
 
 class Builder:

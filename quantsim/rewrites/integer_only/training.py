@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantsim.kernels.edges import from_integers
+from quantsim.numerics.affine import straight_through
 from quantsim.rewrites.integer_only import Converted, ForceDequant, convert
 
 
@@ -73,24 +74,3 @@ class _Replacing(fx.Interpreter):
         if edge is not None and isinstance(value, Tensor):
             return straight_through(value, from_integers(self.seen[edge.node], edge.scale, edge.zero_point).to(value.dtype))
         return value
-
-
-def straight_through(x: Tensor, value: Tensor) -> Tensor:
-    """``value`` to the bit, with the gradient of ``x``.
-
-    >>> x = torch.tensor([1.0], requires_grad=True)
-    >>> straight_through(2 * x, torch.tensor([7.0])).backward()
-    >>> x.grad
-    tensor([2.])
-    """
-    return _StraightThrough.apply(x, value)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, value):  # type: ignore[no-untyped-def]
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return g, None

@@ -17,13 +17,13 @@ LISTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
 
 
 def edges_to_integers(graph: fx.GraphModule) -> None:
-    """Every activation quantizer of at most 8 bits with one range becomes ``to_integers`` and ``from_integers``."""
+    """Every activation quantizer of at most 8 bits with one range that is known becomes ``to_integers`` and ``from_integers``."""
     for node in list(graph.graph.nodes):
         quantizer = quantizer_of(node, graph)
         if quantizer is None or isinstance(quantizer, WeightQuantizer):
             continue
         node.meta = node.meta | {EDGE: quantizer.name}
-        if quantizer.spec.bits > 8 or quantizer.spec.axis is not None:
+        if quantizer.spec.bits > 8 or quantizer.spec.axis is not None or quantizer.spec.follow == "dynamic":
             continue
         grid = Grid.of(quantizer.affine_params())
         with graph.graph.inserting_before(node):

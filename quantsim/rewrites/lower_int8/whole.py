@@ -94,7 +94,7 @@ def _own(value: object, memo: dict[int, object]) -> object:
     if isinstance(value, Int8Linear):
         return value
     copied: object = copy.deepcopy(value, memo)
-    if isinstance(copied, FakeQuantizer):
+    if isinstance(copied, FakeQuantizer) and copied.spec.follow != "dynamic":
         copied.state = State.FIXED
     return copied
 

@@ -1,0 +1,156 @@
+"""What integer-only BERT and Q8BERT scored: ``integer_results.csv``, and the table in ``docs/integers.md`` that is made from it.
+
+    python recipes/integer_table.py runs/ibert_mrpc runs/q8bert_mrpc
+
+adds what ``ibert_finetune.py`` and ``q8bert.py`` wrote in these folders (in place of an earlier run of the same recipe) and makes the
+table anew; without folders it makes the table alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from recipes.tasks import RecipeError, find_task
+
+ROOT = Path(__file__).resolve().parents[1]
+CSV, DOCUMENT = ROOT / "recipes" / "integer_results.csv", ROOT / "docs" / "integers.md"
+BEGIN, END = "<!-- integers -->", "<!-- /integers -->"
+SETTINGS = ("lr", "epochs", "seed", "date")
+FIELDS = (
+    "name",
+    "model",
+    "source",
+    "task",
+    "metric",
+    "rows",
+    "fp32",
+    "before",
+    "after",
+    "int8",
+    "equal_rows",
+    "lr",
+    "epochs",
+    "seed",
+    "date",
+)
+HEADERS = ("system", "task", "metric", "model, source", "rows", "FP32", "before training", "after", "on int8 kernels")
+OURS = "measured here"
+PARTIAL = ("fold", "max_steps", "max_train_rows", "max_eval_rows")
+Row = dict[str, str]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Add the runs in these folders, and write both files."""
+    try:
+        rows = with_runs(read_rows(), [row_of(Path(folder)) for folder in arguments])
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    CSV.write_text(csv_text(rows), encoding="utf-8")
+    DOCUMENT.write_text(in_document(DOCUMENT.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    return 0
+
+
+def row_of(folder: Path) -> Row:
+    """A run's figures, from the ``results.json`` that it wrote.
+
+    Raises:
+        RecipeError: there is none, it is a trial's, or it was not measured to the end.
+    """
+    path = folder / "results.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        recipe, flags, metrics, _ = (found[name] for name in ("recipe", "flags", "metrics", "model"))
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"{path}: no results of a run ({error})") from error
+    if trial := [name for name in PARTIAL if flags.get(name) is not None]:
+        raise RecipeError(f"{path}: a run with --{trial[0]} {flags[trial[0]]} is a trial")
+    integer_only = "integer" in metrics
+    after = metrics.get("integer" if integer_only else "q8bert")
+    if after is None:
+        raise RecipeError(f"{path}: has {', '.join(metrics)}; run stage integer, or q8bert.py --do_train, to its end")
+    metric, settings = find_task(recipe["task"]).metric, recipe["qat" if integer_only else "finetune"]
+
+    def figure(what: str) -> str:
+        return f"{metrics[what][metric]:.2f}" if what in metrics else ""
+
+    return {
+        "name": recipe["name"],
+        "model": found["model"],
+        "source": OURS,
+        "task": recipe["task"],
+        "metric": metric,
+        "rows": str(after["rows"]),
+        "fp32": figure("fp32"),
+        "before": figure("quantized"),
+        "after": f"{after[metric]:.2f}",
+        "int8": figure("int8"),
+        "equal_rows": str(after.get("equal_to_training_form", "")),
+        "lr": f"{settings['lr']:g}",
+        "epochs": f"{settings['epochs']:g}",
+        "seed": str(recipe["seed"]),
+        "date": found["date"][:10],
+    }
+
+
+# ---- rows ----
+
+
+def read_rows(path: Path = CSV) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)]
+
+
+def with_runs(rows: Iterable[Row], new: Sequence[Row]) -> list[Row]:
+    """The rows, with new ones in the place of those of the same recipe; ours before what others published."""
+    names = {row["name"] for row in new}
+    kept = [row for row in rows if row["source"] != OURS or row["name"] not in names]
+    return sorted([*kept, *new], key=lambda row: (system(row), row["source"] != OURS, row["task"]))
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+# ---- table ----
+
+
+def system(row: Mapping[str, str]) -> str:
+    return "Q8BERT" if row["name"].startswith("q8bert") else "I-BERT"
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [
+        (
+            system(row),
+            row["task"],
+            row["metric"],
+            f"{row['model']}, {row['source']}",
+            *(row[x] for x in ("rows", "fp32", "before", "after", "int8")),
+        )
+        for row in rows
+    ]
+    return tabulate(lines, HEADERS, tablefmt="github", disable_numparse=True, colalign=("left",) * 4 + ("right",) * 5)
+
+
+def in_document(text: str, rows: Sequence[Row]) -> str:
+    """The document with its table made anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
