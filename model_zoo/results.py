@@ -95,9 +95,9 @@ def _text(value: float, sign: bool = False) -> str:
 # ---- written ----
 
 
-def csv_text(found: Sequence[Row]) -> str:
+def csv_text(found: Sequence[Row], fields: Sequence[str] = FIELDS) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
+    writer = csv.DictWriter(out, fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     return out.getvalue()

@@ -9,7 +9,6 @@ table anew; without folders it makes the table alone.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from model_zoo.results import csv_text
 from recipes.tasks import RecipeError, find_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    CSV.write_text(csv_text(rows), encoding="utf-8")
+    CSV.write_text(csv_text(rows, FIELDS), encoding="utf-8")
     DOCUMENT.write_text(in_document(DOCUMENT.read_text(encoding="utf-8"), rows), encoding="utf-8")
     return 0
 
@@ -114,14 +114,6 @@ def with_runs(rows: Iterable[Row], new: Sequence[Row]) -> list[Row]:
     names = {row["name"] for row in new}
     kept = [row for row in rows if row["source"] != OURS or row["name"] not in names]
     return sorted([*kept, *new], key=lambda row: (system(row), row["source"] != OURS, row["task"]))
-
-
-def csv_text(rows: Sequence[Row]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
 # ---- table ----

@@ -2,7 +2,7 @@
 //
 //   s = quantize_0((q - zq) @ (k - zk)^T * scale_q * scale_k)       int8 products, summed in int32
 //   s = quantize_2(quantize_1(s * factor) + mask)                   each quantizer may be off
-//   p = integers of softmax(s)                                      exp in float32, to 2 ulp
+//   p = integers of softmax(s)                                      float32, with an exp of this file
 //   y = integers of (p - zp) @ (v - zv) * scale_p * scale_v         int8 products, summed in int32
 //
 // Up to the softmax every value is the simulation's to the bit: the same float32 operations in the same order, and division where
@@ -125,8 +125,8 @@ inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 struct Buffers {
   int64_t keys, depth;                // padded: keys to LANES, depth is a multiple of it
   std::vector<int8_t> k, v;           // [depth / 4, keys, 4] and [keys / 4, depth, 4]
-  std::vector<float> k_sums;          // sum over depth of what the scores' zero points take away, for each key
-  std::vector<int32_t> v_sums;        // the same of the context, for each channel
+  std::vector<int32_t> k_sums;        // what the query's zero point takes from the scores of each key
+  std::vector<int32_t> v_sums;        // what the probabilities' takes from each channel of the context
   std::vector<uint8_t> q, p;          // [ROWS, depth] and [ROWS, keys]
   std::vector<int32_t> sums;          // [ROWS, max(keys, depth)]
   std::vector<float> scores;          // [keys]
@@ -152,7 +152,7 @@ void pack_keys(const Attention &a, const uint8_t *k, Buffers &to) {
       sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(packed + part * to.keys + j));
     const __m512i whole = _mm512_set1_epi32(static_cast<int32_t>(a.depth) * a.q_zero * a.k_zero);
     const __m512i taken = _mm512_sub_epi32(whole, _mm512_mullo_epi32(sum, _mm512_set1_epi32(a.q_zero)));
-    _mm512_storeu_ps(to.k_sums.data() + j, _mm512_castsi512_ps(taken));  // int32 bits
+    _mm512_storeu_si512(to.k_sums.data() + j, taken);
   }
 }
 
@@ -204,7 +204,7 @@ int32_t softmax_row(const Attention &a, Buffers &to, const int32_t *sums, int32_
   __m512 largest = _mm512_set1_ps(-__builtin_inff());
   for (int64_t j = 0; j < to.keys; j += LANES) {
     const auto real = static_cast<__mmask16>(j + LANES <= a.keys ? 0xFFFF : (1u << (a.keys - j)) - 1);
-    const __m512i key = _mm512_castps_si512(_mm512_loadu_ps(to.k_sums.data() + j));
+    const __m512i key = _mm512_loadu_si512(to.k_sums.data() + j);
     const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_loadu_si512(sums + j), key), row);
     __m512 x = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), q_scale), k_scale);
     x = scores(x);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 """Without contraction, a product and a sum are two roundings, as they are in torch. OpenMP's threads are those of torch, which has
 loaded its library before."""
-CACHE = "QUANTSIM_KERNELS"
+CACHE = "QUANTSIM_CACHE"  # the zoo's downloads lie there too
 
 
 class BuildError(RuntimeError):
@@ -20,29 +21,29 @@ class BuildError(RuntimeError):
 
 
 def library(source: Path) -> ctypes.CDLL:
-    """The compiled source, from the cache folder (``QUANTSIM_KERNELS``, else ``~/.cache/quantsim/kernels``) or made now, in seconds.
+    """The compiled source, from the cache folder (``kernels`` in ``QUANTSIM_CACHE``, else in ``~/.cache/quantsim``) or made now.
 
     Raises:
         BuildError: no C++ compiler (``CXX``, else ``g++``), a source that it refuses, or a folder that cannot be written.
     """
-    compiler = os.environ.get("CXX", "g++")
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
     try:
-        known = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        known = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
         what = "\n".join((source.read_text(encoding="utf-8"), known, *FLAGS, _cpu()))
-        folder = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "quantsim" / "kernels")
+        folder = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "quantsim").expanduser() / "kernels"
         path = folder / f"{source.stem}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as staging:
                 made = Path(staging) / path.name
-                subprocess.run([compiler, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=True)
+                subprocess.run([*compiler, *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True, check=True)
                 made.replace(path)
         return ctypes.CDLL(str(path))
     except FileNotFoundError as error:
         raise BuildError(f"no C++ compiler: {error.filename} was not found") from error
     except subprocess.CalledProcessError as error:
         refused = next((line for line in error.stderr.splitlines() if "error" in line), "without a word")
-        raise BuildError(f"{compiler} refused {source.name}: {refused.split('error:')[-1].strip()}") from error
+        raise BuildError(f"{compiler[0]} refused {source.name}: {refused.split('error:')[-1].strip()}") from error
     except OSError as error:
         raise BuildError(f"{source.name}: {error}") from error
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quantsim.kernels.build import BuildError, library
 from quantsim.kernels.edges import Grid, on_grid, to_integers
-from quantsim.kernels.int8_matmul import scaled_matmul
+from quantsim.kernels.int8_matmul import LARGEST_AFFINE_SUM, scaled_matmul
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 DEPTHS = 16  # head dims are multiples of it
@@ -46,8 +46,10 @@ class AttentionGrids:
 class Int8Attention(nn.Module):
     """``integers of softmax(quantized(scores) + mask) @ value``: one kernel from 8-bit queries, keys and values to the 8-bit context.
 
-    The products are exact, and up to the softmax every value is to the bit that of :meth:`in_float32`; ``exp`` differs by units in the
-    last place, so that a probability, or a value of the context, may land one step off.
+    The products are exact, and up to the softmax every value is to the bit that of :meth:`in_float32`; ``exp`` and the order
+    of its sum differ, so that a probability, or a value of the context, may land one step off.
+
+    Bits: a context is a sum of ``keys`` products of at most ``255 * 255``; more than 33,025 keys are refused.
     """
 
     numbers: Tensor
@@ -149,6 +151,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, numbers: Te
     batch, heads = torch.broadcast_shapes(q.shape[:2], k.shape[:2], v.shape[:2])  # type: ignore[no-untyped-call]
     q, k, v = (x.expand(batch, heads, -1, -1) if x.stride(-1) == 1 else x.contiguous().expand(batch, heads, -1, -1) for x in (q, k, v))
     queries, depth = q.shape[-2:]
+    if k.shape[2] > LARGEST_AFFINE_SUM:
+        raise ValueError(f"attention over {k.shape[2]} keys may overflow 32 bits; at most {LARGEST_AFFINE_SUM}")
     out = torch.empty(batch, queries, heads, depth, dtype=torch.int8 if signed else torch.uint8)
     if not out.numel():
         return out.transpose(1, 2)

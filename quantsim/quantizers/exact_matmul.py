@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from quantsim.kernels.int8_matmul import exact_matmul
-from quantsim.quantizers.exact_product import ExactProduct
-from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+from quantsim.quantizers.exact_product import ExactProduct, fits
+from quantsim.quantizers.fake_quantizer import FakeQuantizer
 
 
 class ExactMatmul(ExactProduct):
@@ -40,11 +40,6 @@ class ExactMatmul(ExactProduct):
 
     def in_float(self, *args: Tensor | None) -> Tensor:
         return torch.matmul(*args)  # type: ignore[arg-type]
-
-
-def fits(quantizer: FakeQuantizer) -> bool:
-    """An activation of at most 8 bits with one range."""
-    return quantizer.spec.bits <= 8 and quantizer.spec.axis is None and not isinstance(quantizer, WeightQuantizer)
 
 
 class _Product(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quantsim.quantizers.fake_quantizer import FakeQuantizer
+from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 
 
 class ExactProduct(nn.Module):
@@ -38,3 +38,8 @@ class ExactProduct(nn.Module):
     def in_float(self, *args: Tensor | None) -> Tensor:
         """The floating-point op."""
         raise NotImplementedError
+
+
+def fits(quantizer: FakeQuantizer) -> bool:
+    """An activation of at most 8 bits with one range."""
+    return quantizer.spec.bits <= 8 and quantizer.spec.axis is None and not isinstance(quantizer, WeightQuantizer)

@@ -6,8 +6,8 @@ from torch import fx
 
 from quantsim.graph.roles import WEIGHTS, op_of
 from quantsim.quantizers.exact_linear import ExactLinear, fits_int8
-from quantsim.quantizers.exact_matmul import ExactMatmul, fits
-from quantsim.quantizers.exact_product import ExactProduct
+from quantsim.quantizers.exact_matmul import ExactMatmul
+from quantsim.quantizers.exact_product import ExactProduct, fits
 from quantsim.quantizers.fake_quantizer import WeightQuantizer
 from quantsim.quantizers.in_graph import quantizer_before_moves, quantizer_of
 from quantsim.rewrites.lower_int8.whole import put_beside

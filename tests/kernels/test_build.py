@@ -15,7 +15,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"
 
 @pytest.fixture(autouse=True)
 def _cache(monkeypatch, tmp_path):
-    monkeypatch.setenv(CACHE, str(tmp_path / "kernels"))
+    monkeypatch.setenv(CACHE, str(tmp_path))
 
 
 def source(folder: Path, text: str = 'extern "C" int seven() { return 7; }') -> Path:

@@ -118,6 +118,12 @@ def test_broadcast_batches_and_heads_and_an_empty_one():
     assert attention(q[:0], k[:0], v[:0]).shape == (0, 4, 6, 16)
 
 
+def test_sums_that_may_overflow_are_refused():
+    q, k, v = inputs(PLAIN, 1, 1, 1, 1, 16)
+    with pytest.raises(ValueError, match=r"33026 keys may overflow 32 bits; at most 33025"):
+        Int8Attention(PLAIN)(q, k.expand(1, 1, 33026, 16), v.expand(1, 1, 33026, 16))
+
+
 def test_any_number_of_threads_gives_the_same():
     attention = Int8Attention(QUANTIZED)
     q, k, v = inputs(QUANTIZED, 3, 5, 40, 40, 32)

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets.config
 import huggingface_hub.constants
 import pytest
+import yaml
 
 from recipes.hub import hub_reachable
 from tests.model_zoo.conftest import base, bundle, server, whole_bundle  # noqa: F401
@@ -22,3 +23,11 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     hub_reachable.cache_clear()
     yield
     hub_reachable.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:  # noqa: F811
+    """The module's ``RECIPE`` as a file, on the tiny base model."""
+    path = tmp_path_factory.mktemp("recipe") / "rte.yaml"
+    path.write_text(yaml.safe_dump({**request.module.RECIPE, "base_model": str(base)}))
+    return path

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification
 
@@ -28,13 +27,6 @@ RECIPE: dict[str, Any] = {
     "qat": {"lr": 1e-3, "epochs": 1, "batch": 16, "fused": False, "distillation": {"weight": 0.5}},
 }
 SMALL = ["--max_train_samples", "48", "--max_eval_samples", "16"]
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "rte.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, "base_model": str(base)}))
-    return path
 
 
 def program(recipe: Path, folder: Path, stage: str, *flags: str) -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from model_zoo.results import csv_text
 from recipes import integer_table
-from recipes.integer_table import CSV, DOCUMENT, OURS, csv_text, in_document, read_rows, row_of, with_runs
+from recipes.integer_table import CSV, DOCUMENT, FIELDS, OURS, in_document, read_rows, row_of, with_runs
 from recipes.tasks import RecipeError
 
 RUN = {
@@ -28,7 +29,7 @@ def written(folder: Path, **changes: object) -> Path:
 def test_the_document_is_what_the_csv_says() -> None:
     rows, text = read_rows(), DOCUMENT.read_text(encoding="utf-8")
     assert in_document(text, rows) == text
-    assert csv_text(with_runs(rows, [])) == CSV.read_text(encoding="utf-8")
+    assert csv_text(with_runs(rows, []), FIELDS) == CSV.read_text(encoding="utf-8")
 
 
 def test_our_figures_are_whole_and_beside_the_published_ones() -> None:

@@ -9,6 +9,7 @@ from torch import fx
 
 from quantsim.graph.roles import op_of
 from quantsim.kernels.edges import COMPUTES
+from quantsim.rewrites.lower_int8.whole import sole_user
 
 aten = torch.ops.aten
 
@@ -41,7 +42,7 @@ def fuse_attention(graph: fx.GraphModule) -> None:
 
 
 def _attention(softmax: fx.Node, graph: fx.GraphModule) -> _Attention | None:
-    context = _sole_user(softmax)
+    context = sole_user(softmax)
     if context is None or not _is(context, "matmul", graph) or context.args[0] is not softmax or softmax.args[1] != -1:
         return None
     scores: Any = softmax.args[0]
@@ -67,8 +68,4 @@ def _is(value: object, op: str, graph: fx.GraphModule) -> TypeGuard[fx.Node]:
     """The value is a node of this op, without options (``add``'s ``alpha``), that one node alone reads."""
     if not isinstance(value, fx.Node) or op_of(value, graph) != op or value.kwargs:
         return False
-    return _sole_user(value) is not None or op == "matmul"
-
-
-def _sole_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    return sole_user(value) is not None or op == "matmul"

@@ -12,7 +12,7 @@ from quantsim.kernels.edges import COMPUTES, EDGE, GRID, SHAPE, Grid, from_integ
 from quantsim.kernels.int8_attention import DEPTHS, LARGEST_DEPTH, AttentionGrids, Int8Attention, missing_for_attention
 from quantsim.kernels.int8_matmul import scaled_matmul
 from quantsim.rewrites.lower_int8.weights import ROOM
-from quantsim.rewrites.lower_int8.whole import put_beside
+from quantsim.rewrites.lower_int8.whole import put_beside, sole_user
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ def attention_to_integers(graph: fx.GraphModule) -> None:
 
 def _attention(context: fx.Node, graph: fx.GraphModule) -> _Found | None:
     """The attention whose context this product is, if each edge between is on a grid of 8 bits or read once."""
-    stored = _sole_user(context)
+    stored = sole_user(context)
     if stored is None or stored.target is not to_integers:
         return None
     probabilities, softmax = _quantized(context.args[0])
@@ -66,7 +66,7 @@ def _attention(context: fx.Node, graph: fx.GraphModule) -> _Found | None:
         scores, x = _behind_quantizer(x.args[0])
     else:
         scaled = None
-    if not isinstance(factor, (int, float)) or not isinstance(x, fx.Node) or x.target is not scaled_matmul or _sole_user(x) is None:
+    if not isinstance(factor, (int, float)) or not isinstance(x, fx.Node) or x.target is not scaled_matmul or sole_user(x) is None:
         return None
     query, keys, value = x.args[0], x.args[1], context.args[1]
     if not _fits(query, keys, value, mask):
@@ -80,14 +80,14 @@ def _attention(context: fx.Node, graph: fx.GraphModule) -> _Found | None:
 
 def _quantized(stored: object) -> tuple[Grid | None, object]:
     """The grid of integers that one node alone reads, and what was quantized."""
-    if isinstance(stored, fx.Node) and stored.target is to_integers and _sole_user(stored) is not None:
+    if isinstance(stored, fx.Node) and stored.target is to_integers and sole_user(stored) is not None:
         return stored.meta[GRID], stored.args[0]
     return None, stored
 
 
 def _behind_quantizer(node: object) -> tuple[Grid | None, object]:
     """The grid that values are read from, and what was quantized; ``None`` and the node itself where there is no quantizer."""
-    if isinstance(node, fx.Node) and node.target is from_integers and _sole_user(node) is not None:
+    if isinstance(node, fx.Node) and node.target is from_integers and sole_user(node) is not None:
         grid, x = _quantized(node.args[0])
         return (None, node) if grid is None else (grid, x)
     return None, node
@@ -113,8 +113,4 @@ def _grid(node: object) -> Grid:
 
 
 def _reads_once(node: object, op: str, graph: fx.GraphModule) -> TypeGuard[fx.Node]:
-    return isinstance(node, fx.Node) and op_of(node, graph) == op and not node.kwargs and _sole_user(node) is not None
-
-
-def _sole_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    return isinstance(node, fx.Node) and op_of(node, graph) == op and not node.kwargs and sole_user(node) is not None

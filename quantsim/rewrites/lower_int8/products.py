@@ -18,7 +18,7 @@ from quantsim.quantizers.fake_quantizer import WeightQuantizer
 from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.rewrites.insert_quantizers import evaluate
 from quantsim.rewrites.lower_int8.weights import ROOM, constant
-from quantsim.rewrites.lower_int8.whole import put_beside
+from quantsim.rewrites.lower_int8.whole import put_beside, sole_user
 
 aten = torch.ops.aten
 
@@ -78,19 +78,15 @@ def requantize_in_products(graph: fx.GraphModule) -> None:
         product = product_of(node, graph)
         if product is None:
             continue
-        user = _sole_user(node)
+        user = sole_user(node)
         if user is not None and op_of(user, graph) in ("gelu", "relu"):
             product.post_op = op_of(user, graph)  # type: ignore[assignment]
             product.algorithm = str(user.kwargs.get("approximate", "none"))
             _skip(graph, user, node)
-            user = _sole_user(node)
+            user = sole_user(node)
         if user is not None and user.target is to_integers and _is_whole(user.meta[GRID]):
             product.give([replace(product.outputs[0], grid=user.meta[GRID])])
             _skip(graph, user, node)
-
-
-def _sole_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _is_whole(grid: Grid) -> bool:

@@ -99,6 +99,11 @@ def _own(value: object, memo: dict[int, object]) -> object:
     return copied
 
 
+def sole_user(node: fx.Node) -> fx.Node | None:
+    """The one node that reads it, if no other does."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
 def put(root: nn.Module, path: str, value: object) -> None:
     """Put a module, or a tensor as a buffer, at a dotted path; modules on the way are made."""
     *parents, name = path.split(".")
