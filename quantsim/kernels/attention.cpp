@@ -1,12 +1,13 @@
 // Attention on 8-bit integers: scores, mask, softmax and context of one head at a time, for CPUs with AVX-512 VNNI.
 //
-//   s = quantize_0((q - zq) @ (k - zk)^T * scale_q * scale_k)       int8 products, summed in int32
+//   s = quantize_0((q - zq) @ (k - zk)^T * (scale_q * scale_k))     int8 products, summed in int32
 //   s = quantize_2(quantize_1(s * factor) + mask)                   each quantizer may be off
-//   p = integers of softmax(s)                                      float32, with an exp of this file
-//   y = integers of (p - zp) @ (v - zv) * scale_p * scale_v         int8 products, summed in int32
+//   p = integers of softmax(s)                                      of quantized s: exp from a table, its sum in float64
+//   y = integers of (p - zp) @ (v - zv) * (scale_p * scale_v)       int8 products, summed in int32
 //
-// Up to the softmax every value is the simulation's to the bit: the same float32 operations in the same order, and division where
-// that divides. A block of ROWS queries is kept in the cache from its first product to its last.
+// Every value is the simulation's to the bit: the same float32 operations in the same order, division where that divides, and sums in
+// which the order doesn't show. Where quantize_2 is off, softmax is float32 with an exp of this file, and may land a step elsewhere.
+// A block of ROWS queries is kept in the cache from its first product to its last.
 
 #if !defined(__AVX512VNNI__) || !defined(__AVX512BW__) || !defined(__AVX512VL__)
 #error "attention on integers needs AVX-512 with VNNI"
@@ -43,15 +44,16 @@ struct Attention {
   int32_t q_flip, k_flip, v_flip;  // 0x80 turns int8 into uint8 and back, and moves the zero point by 128
   int32_t q_zero, k_zero, v_zero;  // after the flip: q is uint8, k and v are int8
   int64_t batch, heads, queries, keys, depth;
-  float q_scale, k_scale, factor;
+  float score_scale, factor;  // scale_q * scale_k
   int32_t divides;  // by the factor, in place of multiplying
   Grid scores, scaled, masked;
   const float *mask;  // null: none
   Strides mask_at;
   int64_t mask_key;  // its stride over keys
+  const float *exps;  // exp(-i * scale of quantize_2), i in 0 ... 255; null where that is off
   Grid probabilities;
   int32_t p_zero;
-  float v_scale;
+  float context_scale;  // scale_p * scale_v
   Grid context;
   int32_t context_zero;
   uint8_t *out;  // [batch, queries, heads, depth]
@@ -199,14 +201,14 @@ int32_t sum_of(const uint8_t *x, int64_t n) {
 // The probabilities of one query, as uint8; returns their sum.
 int32_t softmax_row(const Attention &a, Buffers &to, const int32_t *sums, int32_t row_sum, const float *mask, uint8_t *p) {
   const Quantizer scores(a.scores), scaled(a.scaled), masked(a.masked), probabilities(a.probabilities);
-  const __m512 q_scale = _mm512_set1_ps(a.q_scale), k_scale = _mm512_set1_ps(a.k_scale), factor = _mm512_set1_ps(a.factor);
+  const __m512 scale = _mm512_set1_ps(a.score_scale), factor = _mm512_set1_ps(a.factor);
   const __m512i row = _mm512_set1_epi32(row_sum);
   __m512 largest = _mm512_set1_ps(-__builtin_inff());
   for (int64_t j = 0; j < to.keys; j += LANES) {
     const auto real = static_cast<__mmask16>(j + LANES <= a.keys ? 0xFFFF : (1u << (a.keys - j)) - 1);
     const __m512i key = _mm512_loadu_si512(to.k_sums.data() + j);
     const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_loadu_si512(sums + j), key), row);
-    __m512 x = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), q_scale), k_scale);
+    __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
     x = scores(x);
     x = a.divides ? _mm512_div_ps(x, factor) : _mm512_mul_ps(x, factor);
     x = scaled(x);
@@ -214,19 +216,22 @@ int32_t softmax_row(const Attention &a, Buffers &to, const int32_t *sums, int32_
       const __m512 added = a.mask_key ? _mm512_maskz_loadu_ps(real, mask + j) : _mm512_set1_ps(*mask);
       x = _mm512_add_ps(x, added);
     }
-    x = masked(x);
+    if (masked.on) x = masked.steps(x);
     largest = _mm512_mask_max_ps(largest, real, largest, x);
     _mm512_storeu_ps(to.scores.data() + j, x);
   }
   const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-  __m512 total = _mm512_setzero_ps();
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
   for (int64_t j = 0; j < to.keys; j += LANES) {
     const auto real = static_cast<__mmask16>(j + LANES <= a.keys ? 0xFFFF : (1u << (a.keys - j)) - 1);
-    const __m512 y = exp_of(_mm512_sub_ps(_mm512_loadu_ps(to.scores.data() + j), most));
-    total = _mm512_mask_add_ps(total, real, total, y);
+    const __m512 below = _mm512_sub_ps(_mm512_loadu_ps(to.scores.data() + j), most);
+    const __m512i steps = _mm512_maskz_sub_epi32(real, _mm512_setzero_si512(), _mm512_cvtps_epi32(below));
+    const __m512 y = _mm512_maskz_mov_ps(real, a.exps != nullptr ? _mm512_i32gather_ps(steps, a.exps, sizeof(float)) : exp_of(below));
+    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(y)));
+    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)));
     _mm512_storeu_ps(to.scores.data() + j, y);
   }
-  const __m512 sum = _mm512_set1_ps(_mm512_reduce_add_ps(total));
+  const __m512 sum = _mm512_set1_ps(static_cast<float>(_mm512_reduce_add_pd(_mm512_add_pd(low, high))));
   const __m512i zero = _mm512_set1_epi32(a.p_zero);
   __m512i taken = _mm512_setzero_si512();
   for (int64_t j = 0; j < to.keys; j += LANES) {
@@ -241,12 +246,12 @@ int32_t softmax_row(const Attention &a, Buffers &to, const int32_t *sums, int32_
 
 void context_row(const Attention &a, const Buffers &to, const int32_t *sums, int32_t p_sum, uint8_t *out) {
   const Quantizer context(a.context);
-  const __m512 p_scale = _mm512_set1_ps(a.probabilities.scale), v_scale = _mm512_set1_ps(a.v_scale);
+  const __m512 scale = _mm512_set1_ps(a.context_scale);
   const __m512i row = _mm512_set1_epi32(p_sum * a.v_zero), zero = _mm512_set1_epi32(a.context_zero);
   for (int64_t d = 0; d < a.depth; d += LANES) {
     const __m512i channel = _mm512_loadu_si512(to.v_sums.data() + d);
     const __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(_mm512_loadu_si512(sums + d), channel), row);
-    const __m512 x = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), p_scale), v_scale);
+    const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale);
     const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(context.steps(x)), zero);
     _mm_storeu_si128(reinterpret_cast<__m128i *>(out + d), _mm512_cvtepi32_epi8(whole));
   }

@@ -17,6 +17,9 @@ EDGE, GRID, COMPUTES, SHAPE = "edge", "grid", "computes", "shape"
 """What a lowered graph's nodes carry in ``meta``: the quantized edge that they give, its grid, the edge that they compute, and the shape
 of integers that were moved."""
 
+FUNCTIONS = frozenset("gelu tanh sigmoid silu relu erf exp hardswish hardtanh leaky_relu elu mish softplus".split())
+"""Functions of each element alone that cost more than a look-up."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -38,6 +41,11 @@ class Grid:
     def dtype(self) -> torch.dtype:
         """``int8`` for a symmetric grid, else ``uint8``."""
         return torch.int8 if self.quant_min < 0 else torch.uint8
+
+    def values(self, device: torch.device | None = None) -> Tensor:
+        """Every value of the grid, from the least on, in float32."""
+        every = torch.arange(self.quant_min, self.quant_max + 1, dtype=torch.int32, device=device).to(self.dtype)
+        return from_integers(every, self.scale, self.zero_point)
 
     @property
     def numbers(self) -> tuple[float, int, int, int]:

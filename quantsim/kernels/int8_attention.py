@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantsim.kernels.build import BuildError, library
 from quantsim.kernels.edges import Grid, on_grid, to_integers
 from quantsim.kernels.int8_matmul import LARGEST_AFFINE_SUM, scaled_matmul
+from quantsim.numerics.reproducible import exp_table, softmax_on_grid
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 DEPTHS = 16  # head dims are multiples of it
@@ -46,8 +47,8 @@ class AttentionGrids:
 class Int8Attention(nn.Module):
     """``integers of softmax(quantized(scores) + mask) @ value``: one kernel from 8-bit queries, keys and values to the 8-bit context.
 
-    The products are exact, and up to the softmax every value is to the bit that of :meth:`in_float32`; ``exp`` and the order
-    of its sum differ, so that a probability, or a value of the context, may land one step off.
+    Where ``masked`` is a grid, the result is to the bit that of :meth:`in_float32`. Without, ``exp`` is another than torch's, so that a
+    probability, or a value of the context, may land one step off.
 
     Bits: a context is a sum of ``keys`` products of at most ``255 * 255``; more than 33,025 keys are refused.
     """
@@ -67,14 +68,14 @@ class Int8Attention(nn.Module):
     def in_float32(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """The same by torch's ops, as a lowered graph without this kernel has them."""
         g = self.grids
-        x = scaled_matmul(q, k.transpose(-1, -2), g.query.zero_point, g.key.zero_point, g.query.scale, g.key.scale)
+        x = scaled_matmul(q, k.transpose(-1, -2), g.query.zero_point, g.key.zero_point, g.query.scale * g.key.scale)
         x = x if g.scores is None else on_grid(x, *g.scores.numbers)
         x = x / g.factor if g.divides else x * g.factor
         x = x if g.scaled is None else on_grid(x, *g.scaled.numbers)
         x = x if mask is None else x + mask
         x = x if g.masked is None else on_grid(x, *g.masked.numbers)
-        p = to_integers(x.softmax(-1), *g.probabilities.numbers)
-        y = scaled_matmul(p, v, g.probabilities.zero_point, g.value.zero_point, g.probabilities.scale, g.value.scale)
+        p = to_integers(x.softmax(-1) if g.masked is None else softmax_on_grid(x, g.masked.scale), *g.probabilities.numbers)
+        y = scaled_matmul(p, v, g.probabilities.zero_point, g.value.zero_point, g.probabilities.scale * g.value.scale)
         return to_integers(y, *g.context.numbers)
 
 
@@ -85,11 +86,11 @@ def missing_for_attention() -> str:
         _kernel()
     except BuildError as error:
         return str(error)
-    grid = Grid(1 / 32, 100, 0, 255)
-    attention = Int8Attention(AttentionGrids(grid, grid, grid, None, 0.25, False, None, None, Grid(1 / 255, 0, 0, 255), grid))
+    grid, masked = Grid(1 / 32, 100, 0, 255), Grid(1 / 8, 128, 0, 255)
+    attention = Int8Attention(AttentionGrids(grid, grid, grid, None, 0.25, False, None, masked, Grid(1 / 255, 0, 0, 255), grid))
     q, k, v = torch.randint(0, 256, (3, 1, 1, 20, DEPTHS), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     off = (attention(q, k, v).int() - attention.in_float32(q, k, v).int()).abs().max().item()
-    return "" if off <= 1 else f"attention.cpp computes other values here than torch: {off} steps apart"
+    return "" if off == 0 else f"attention.cpp computes other values here than torch: {off} steps apart"
 
 
 # ---- the kernel ----
@@ -112,15 +113,16 @@ class _Arguments(ctypes.Structure):
         *((f"{name}_flip", ctypes.c_int32) for name in ("q", "k", "v")),
         *((f"{name}_zero", ctypes.c_int32) for name in ("q", "k", "v")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "keys", "depth")),
-        *((name, ctypes.c_float) for name in ("q_scale", "k_scale", "factor")),
+        *((name, ctypes.c_float) for name in ("score_scale", "factor")),
         ("divides", ctypes.c_int32),
         *((name, _Grid) for name in ("scores", "scaled", "masked")),
         ("mask", ctypes.c_void_p),
         ("mask_at", _Strides),
         ("mask_key", ctypes.c_int64),
+        ("exps", ctypes.c_void_p),
         ("probabilities", _Grid),
         ("p_zero", ctypes.c_int32),
-        ("v_scale", ctypes.c_float),
+        ("context_scale", ctypes.c_float),
         ("context", _Grid),
         ("context_zero", ctypes.c_int32),
         ("out", ctypes.c_void_p),
@@ -139,6 +141,11 @@ def _numbers(grids: AttentionGrids) -> Iterator[float]:
     for grid in (grids.query, grids.key, grids.value, grids.scores, grids.scaled, grids.masked, grids.probabilities, grids.context):
         yield from (0.0, 0.0, 0.0, 0.0) if grid is None else grid.numbers
     yield from (grids.factor, float(grids.divides))
+
+
+@cache
+def _exps(scale: float) -> Tensor:
+    return exp_table(scale)
 
 
 def _low_high(numbers: list[float]) -> _Grid:
@@ -165,8 +172,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, numbers: Te
         other = x.dtype != wants
         setattr(a, f"{name}_flip", 0x80 * other)
         setattr(a, f"{name}_zero", int(grid[1]) + (0 if not other else 128 if wants == torch.uint8 else -128))
-    a.q_scale, a.k_scale, a.v_scale = (grid[0] for grid in grids[:3])
+    a.score_scale, a.context_scale = grids[0][0] * grids[1][0], grids[6][0] * grids[2][0]
     a.scores, a.scaled, a.masked, a.probabilities, a.context = map(_low_high, grids[3:])
+    if a.masked.on:
+        a.exps = _exps(grids[5][0]).data_ptr()
     a.p_zero, a.context_zero = int(grids[6][1]), int(grids[7][1])
     if mask is not None:
         mask = mask.expand(batch, heads, queries, k.shape[2])

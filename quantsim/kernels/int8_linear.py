@@ -29,7 +29,7 @@ class Output:
 
 
 class Int8Linear(nn.Module):
-    """``post_op(scale_x * scale_w * ((q_x - zero_point) @ q_w.T) + bias)``, requantized where the edge that follows is quantized.
+    """``post_op(((q_x - zero_point) @ q_w.T) * (scale_x * scale_w) + bias)``, requantized where the edge that follows is quantized.
 
     The product is exact, accumulated in 32 bits; scales, bias and post-op are float32.
 
@@ -118,13 +118,13 @@ class Int8Linear(nn.Module):
         if q.dtype == torch.int8:  # oneDNN 3.12 has no kernel for int8 activations but its reference, thousands of times slower
             q, zero_point = torch.bitwise_xor(q, -128).view(torch.uint8), zero_point + 128  # q + 128
         y: Tensor = onednn.qlinear_pointwise(
-            q, self.grid.scale, zero_point, self.weight, scale, self.no_zero_points, bias, *args, self.post_op, [], self.algorithm
+            q, 1.0, zero_point, self.weight, scale * self.grid.scale, self.no_zero_points, bias, *args, self.post_op, [], self.algorithm
         )
         return y
 
     def _in_float32(self, q: Tensor, scale: Tensor, bias: Tensor | None, out: Grid | None) -> Tensor:
         """The kernel's arithmetic, operation for operation: the same values to the bit (with GELU, which it approximates, nearly)."""
-        y = exact_product(q.float() - self.grid.zero_point, self.weight.float()) * self.grid.scale * scale
+        y = exact_product(q.float() - self.grid.zero_point, self.weight.float()) * (scale * self.grid.scale)
         if bias is not None:
             y = y + bias
         if self.post_op == "relu":

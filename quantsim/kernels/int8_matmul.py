@@ -54,9 +54,9 @@ def affine_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, kernel: bool) 
 EXACT_TERMS = 2**24 // (255 * 255)  # 258
 
 
-def scaled_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, scale_a: float, scale_b: float) -> Tensor:
-    """``(((a - zero_a) @ (b - zero_b)) * scale_a) * scale_b`` in float32, for int8 or uint8 on either side; the sum is exact."""
-    return exact_matmul(a.float().sub_(zero_a), b.float().sub_(zero_b)).mul_(scale_a).mul_(scale_b)
+def scaled_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, scale: float) -> Tensor:
+    """``((a - zero_a) @ (b - zero_b)) * scale`` in float32, for int8 or uint8 on either side; the sum is exact."""
+    return exact_matmul(a.float().sub_(zero_a), b.float().sub_(zero_b)).mul_(scale)
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:

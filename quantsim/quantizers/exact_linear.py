@@ -12,16 +12,16 @@ from quantsim.config import QuantSpec
 from quantsim.kernels.cpu import missing_for_int8
 from quantsim.kernels.edges import Grid, to_integers
 from quantsim.kernels.int8_linear import Int8Linear
-from quantsim.quantizers.exact_product import ExactProduct
+from quantsim.quantizers.exact_op import ExactOp
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 
 
-class ExactLinear(ExactProduct):
+class ExactLinear(ExactOp):
     """``x @ weight.T + bias``, where ``x = r_x * s_x`` and ``weight = r_w * s_w``.
 
-    In evaluation the sum runs over integers, and is rounded three times in an order that is fixed::
+    In evaluation the sum runs over integers, and four roundings follow, those of ONNX Runtime too::
 
-        y = ((r_x @ r_w.T) * s_x) * s_w + bias
+        y = float32(r_x @ r_w.T) * (s_x * s_w) + bias
 
     Where the lowered model's kernel is exact it does the work here too, several times faster than floats.
 
@@ -37,7 +37,7 @@ class ExactLinear(ExactProduct):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` → ``[..., out]``."""
-        if not (self.on_integers(x, weight) and fits_int8(*self.quantizers) and x.ndim > 1):
+        if not (self.exact(x, weight) and fits_int8(*self.quantizers) and x.ndim > 1):
             self._packed = None
             return self.in_float(x, weight, bias)
         with torch.no_grad():

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from quantsim.kernels.int8_matmul import exact_matmul
-from quantsim.quantizers.exact_product import ExactProduct, fits
+from quantsim.quantizers.exact_op import ExactOp, fits
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
 
 
-class ExactMatmul(ExactProduct):
+class ExactMatmul(ExactOp):
     """``a @ b``, where ``a = r_a * s_a`` and ``b = r_b * s_b``.
 
-    In evaluation the sum runs over integers, and is rounded twice in an order that is fixed::
+    In evaluation the sum runs over integers, and three roundings follow::
 
-        y = ((r_a @ r_b) * s_a) * s_b
+        y = float32(r_a @ r_b) * (s_a * s_b)
 
     Args:
         a, b: the quantizers on whose grids the inputs of :meth:`forward` lie.
@@ -28,12 +28,12 @@ class ExactMatmul(ExactProduct):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """``[..., m, k]`` and ``[..., k, n]`` → ``[..., m, n]``."""
-        if not (self.on_integers(a, b) and all(map(fits, self.quantizers))):
+        if not (self.exact(a, b) and all(map(fits, self.quantizers))):
             return self.in_float(a, b)
         with torch.no_grad():
             scale_a, scale_b = (quantizer.affine_params().scale for quantizer in self.quantizers)
             integers = (torch.div(a, scale_a).round_(), torch.div(b, scale_b).round_())
-            product = exact_matmul(*integers).mul_(scale_a).mul_(scale_b)
+            product = exact_matmul(*integers).mul_(scale_a * scale_b)
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
             return _Product.apply(a, b, product)  # type: ignore[no-any-return, no-untyped-call]
         return product

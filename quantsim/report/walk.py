@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from quantsim.quantizers.exact_product import ExactProduct
+from quantsim.quantizers.exact_op import ExactOp
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
 from quantsim.quantizers.in_graph import quantizer_of
 
@@ -88,7 +88,7 @@ class Walk(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(str(target))
-        if isinstance(module, ExactProduct) and not all(map(self._quantizes, module.quantizers)):
+        if isinstance(module, ExactOp) and not all(map(self._quantizes, module.quantizers)):
             return module.in_float(*args)
         if not isinstance(module, FakeQuantizer):
             return super().call_module(target, args, kwargs)

@@ -23,7 +23,7 @@ from quantsim.graph.trace import trace
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, State
 from quantsim.report.coverage import coverage_table, summary
 from quantsim.rewrites.clamp_mask import clamp_mask
-from quantsim.rewrites.exact_products import exact_products
+from quantsim.rewrites.exact_ops import exact_ops
 from quantsim.rewrites.insert_quantizers import ROOM, insert_quantizers
 from quantsim.rewrites.scale_channels import unscale_reads
 
@@ -57,7 +57,7 @@ class Simulation:
             unscale_reads(self.graph)
         self.placements: list[Placement] = place(self.graph, self.config)
         insert_quantizers(self.graph, self.placements, self.model.training)
-        exact_products(self.graph, self.model.training)
+        exact_ops(self.graph, self.model.training)
         run_on_graph(self.model, self.graph)
         if isinstance(self.model, transformers.PreTrainedModel):
             import_module(PLUGIN)

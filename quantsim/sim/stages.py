@@ -175,7 +175,9 @@ class QuantSim(Calibration):
 
     # ---- export ----
 
-    def export_onnx(self, path: str | Path, bias: Bias = "float", opset: int | None = None, *, quantize: bool = True) -> dict[str, str]:
+    def export_onnx(
+        self, path: str | Path, bias: Bias = "float", opset: int | None = None, *, quantize: bool = True, exact: bool = False
+    ) -> dict[str, str]:
         """Write an ONNX file that computes what the simulation computes in evaluation, for integer runtimes.
 
         Every calibrated quantizer becomes ``QuantizeLinear`` and ``DequantizeLinear``::
@@ -194,6 +196,8 @@ class QuantSim(Calibration):
                 where input and weight of a linear or convolution have a grid. That differs from the simulation by half a step of it.
             opset: 18 or more; by default 20, and 21 where a type of 4 or 16 bits needs it.
             quantize: false writes the floating-point model alone (a clamped mask stays clamped), to go with encodings.
+            exact: write softmax, norms, sums and functions of 8-bit edges so that runtimes which follow ONNX give the simulation's values
+                to the bit (``quantsim.formats.onnx.exact``), where each edge between ops that sum has a quantizer (preset ``aimet``).
 
         Returns:
             Each quantizer's placement → the ONNX tensor with its integers, or without ``quantize`` the tensor that it would quantize
@@ -205,7 +209,7 @@ class QuantSim(Calibration):
             ImportError: ``onnx`` or ``onnxscript`` isn't installed; the extra ``quantsim[onnx]`` brings them.
         """
         weights = dict(weights_of(self.graph))
-        return export_onnx(path, self.graph, self.config, weights, bias=bias, opset=opset, quantize=quantize)
+        return export_onnx(path, self.graph, self.config, weights, bias=bias, opset=opset, quantize=quantize, exact=exact)
 
     # ---- save and load ----
 

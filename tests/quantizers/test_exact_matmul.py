@@ -29,7 +29,7 @@ def written_out(product: ExactMatmul, a: Tensor, b: Tensor) -> Tensor:
     """In float64, which holds every sum; rounded where the module rounds."""
     s_a, s_b = (quantizer.affine_params().scale for quantizer in product.quantizers)
     total = (a / s_a).round().double() @ (b / s_b).round().double()
-    return total.float() * s_a * s_b
+    return total.float() * (s_a * s_b)
 
 
 @torch.no_grad()

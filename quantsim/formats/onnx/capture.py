@@ -19,16 +19,17 @@ from torch.export import Dim
 from transformers.utils.generic import ModelOutput
 
 from quantsim.formats.onnx.edges import bias_at
+from quantsim.formats.onnx.exact import exactly
 from quantsim.formats.onnx.extra import OnnxError
+from quantsim.formats.onnx.markers import DOMAIN, EDGE, PLACEMENT
 from quantsim.graph.roles import op_of, resolve
 from quantsim.graph.trace import or_filled
-from quantsim.quantizers.exact_product import ExactProduct
+from quantsim.quantizers.exact_op import ExactOp
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DOMAIN, EDGE, PLACEMENT = "quantsim", "Edge", "placement"
 AXES = {2: ("batch", "sequence"), 3: ("batch", "choices", "sequence")}  # of ids and masks, by rank
 
 
@@ -42,13 +43,14 @@ def mark(x: Tensor, placement: str) -> Tensor:
 
 
 def marked_graph(
-    graph: fx.GraphModule, weights: Mapping[WeightQuantizer, Tensor], biases: Mapping[fx.Node, str]
+    graph: fx.GraphModule, weights: Mapping[WeightQuantizer, Tensor], biases: Mapping[fx.Node, str], exact: bool = False
 ) -> tuple[fx.GraphModule, list[str]]:
     """A copy that shares the parameters: marks in place of quantizers, no dropout, every input given, outputs in a flat tuple.
 
     Args:
         weights: the whole weight of each weight quantizer; a computed one becomes a constant.
         biases: node of ``graph`` that takes a bias to be marked → the bias's name.
+        exact: write ops as ``quantsim.formats.onnx.exact`` has them.
 
     Returns:
         The copy, and the names of its outputs.
@@ -66,9 +68,12 @@ def marked_graph(
                 constants[f"computed.{module.name}"] = weights[module].detach()
                 x = new.get_attr(f"computed.{module.name}")
             copies[node] = new.call_function(mark, (x, module.name))
-        elif isinstance(module, ExactProduct):
+        elif exact and (made := exactly(new, node, graph, fx.map_arg(node.args, copies.__getitem__), constants)) is not None:
+            copies[node] = made
+        elif isinstance(module, ExactOp):
             copies[node] = new.call_function(
-                getattr(torch.ops.aten, module.op).default, *fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+                getattr(torch.ops.aten, module.op).int if module.op == "softmax" else getattr(torch.ops.aten, module.op).default,
+                *fx.map_arg((node.args, node.kwargs), copies.__getitem__),
             )
         elif node.op == "output":
             outputs = dict(leaves(node.args[0]))

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantsim.formats.onnx.capture import DOMAIN, EDGE, PLACEMENT
 from quantsim.formats.onnx.edges import StoredEdge, integers_of
+from quantsim.formats.onnx.markers import DOMAIN, EDGE, PLACEMENT, replace, source
 from quantsim.numerics.affine import AffineParams, grid_range
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ def insert_qdq(model: ir.Model, edges: Mapping[str, StoredEdge]) -> dict[str, st
             _bypass(marker)
             continue
         tensors[name] = _Qdq(model, name, edge).replace(marker)
-    _sweep(model)
     return tensors
 
 
@@ -51,10 +50,10 @@ def name_edges(model: ir.Model) -> dict[str, str]:
     """
     marked: dict[str, ir.Value] = {}
     for marker, name in _markers(model):
-        x = _source(marker)
+        x = source(marker)
         marked[name] = _table_behind(x) or x
         _bypass(marker)
-    _sweep(model)
+    sweep(model)
     taken = {value.name for node in model.graph for value in node.outputs} | set(model.graph.initializers)
     for name, value in marked.items():
         if not value.is_graph_input() and not value.is_graph_output() and name not in taken:
@@ -68,12 +67,6 @@ def _markers(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
             yield node, node.attributes[PLACEMENT].as_string()
 
 
-def _source(marker: ir.Node) -> ir.Value:
-    x = marker.inputs[0]
-    assert x is not None
-    return x
-
-
 def _table_behind(x: ir.Value) -> ir.Value | None:
     """The table that a look-up takes its rows from, if ``x`` is one."""
     node = x.producer()
@@ -82,25 +75,11 @@ def _table_behind(x: ir.Value) -> ir.Value | None:
     return table if table.is_initializer() else None
 
 
-def _replace(marker: ir.Node, value: ir.Value) -> None:
-    """Everything that reads the marker reads ``value``; an output of the model keeps its name."""
-    import onnx_ir as ir
-
-    out = marker.outputs[0]
-    if out.is_graph_output():
-        name = out.name
-        out.name = f"{name}.marker"
-        value.name = name
-    ir.convenience.replace_all_uses_with(out, value, replace_graph_outputs=True)
-    assert marker.graph is not None
-    marker.graph.remove(marker, safe=True)
-
-
 def _bypass(marker: ir.Node) -> None:
-    _replace(marker, _source(marker))
+    replace(marker, source(marker))
 
 
-def _sweep(model: ir.Model) -> None:
+def sweep(model: ir.Model) -> None:
     """Drop the floating-point weights that nothing reads any more, and the markers' domain."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -121,7 +100,7 @@ class _Qdq:
 
     def replace(self, marker: ir.Node) -> str:
         """Put QDQ in the marker's place; the name of the tensor with the integers."""
-        x = _source(marker)
+        x = source(marker)
         if (table := _table_behind(x)) is not None and self.edge.is_weight:
             integers = self._constant_integers(table)
             looked_up = x.producer()
@@ -134,7 +113,7 @@ class _Qdq:
             clipped = x if self.edge.fills_type else self._clipped(marker, x)
             holder = stored = self._node(marker, "QuantizeLinear", [clipped, *self._grid()], self.type, x, "quantized", self._axis())
         read = self._node(marker, "DequantizeLinear", [stored, *self._grid()], marker.outputs[0].dtype, x, "dequantized", self._axis())
-        _replace(marker, read)
+        replace(marker, read)
         return str(holder.name)
 
     def _grid(self) -> tuple[ir.Value, ir.Value]:

@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from quantsim.config import QuantConfig
 from quantsim.formats.onnx.capture import marked_graph, to_ir
 from quantsim.formats.onnx.edges import Bias, check_opset, for_opset, int32_biases, stored_edges
+from quantsim.formats.onnx.exact import insert_exact
 from quantsim.formats.onnx.extra import NEEDED_TO_EXPORT, OnnxError, need
-from quantsim.formats.onnx.qdq import insert_qdq, name_edges
+from quantsim.formats.onnx.qdq import insert_qdq, name_edges, sweep
 from quantsim.quantizers.fake_quantizer import WeightQuantizer
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def export_onnx(
     bias: Bias = "float",
     opset: int | None = None,
     quantize: bool = True,
+    exact: bool = False,
 ) -> dict[str, str]:
     """Write a simulated graph; see ``QuantSim.export_onnx``.
 
@@ -44,17 +46,21 @@ def export_onnx(
     """
     need(*NEEDED_TO_EXPORT)
     path = Path(path)
-    _check(path, graph, bias)
+    _check(path, graph, bias, exact)
     edges = stored_edges(graph) if quantize else {}
     nodes, biases = int32_biases(graph) if quantize and bias == "int32" else ({}, {})
     opset = check_opset(opset, edges)
     with torch.no_grad():
-        model = to_ir(*marked_graph(graph, weights, nodes), opset)
-        tensors = insert_qdq(model, for_opset(edges, opset) | biases) if quantize else name_edges(model)
+        model = to_ir(*marked_graph(graph, weights, nodes, exact and quantize), opset)
+        stored = for_opset(edges, opset) | biases
+        tensors = insert_qdq(model, stored) if quantize else name_edges(model)
+        if exact and quantize:
+            insert_exact(model, stored)
+        sweep(model)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
     model.producer_name, model.producer_version = METADATA, _versions()["quantsim"]
     model.metadata_props[METADATA] = json.dumps(
-        {"quantized": quantize, "bias": bias, "config": config.to_dict(), "edges": tensors, "versions": _versions()}
+        {"quantized": quantize, "bias": bias, "exact": exact, "config": config.to_dict(), "edges": tensors, "versions": _versions()}
     )
     _write(path, model)
     return tensors
@@ -77,9 +83,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _check(path: Path, graph: fx.GraphModule, bias: str) -> None:
+def _check(path: Path, graph: fx.GraphModule, bias: str, exact: bool) -> None:
     if bias not in get_args(Bias):
         raise OnnxError(f"bias: {bias!r}; expected one of {', '.join(get_args(Bias))}")
+    if exact and bias == "int32":
+        raise OnnxError("exact: with bias='int32' the bias is rounded, which the simulation doesn't; expected bias='float'")
     if path.is_dir():
         raise OnnxError(f"{path}: is a folder; expected the file to write")
     for name, x in graph.named_parameters():

@@ -18,6 +18,7 @@ from quantsim.rewrites.lower_int8.attention_int8 import attention_to_integers
 from quantsim.rewrites.lower_int8.edges import edges_to_integers, forget_unread_integers, sink_dequantize
 from quantsim.rewrites.lower_int8.matmuls import matmuls_to_integers
 from quantsim.rewrites.lower_int8.products import linears_to_integers, merge_products, requantize_in_products
+from quantsim.rewrites.lower_int8.sums import sums_to_functions
 from quantsim.rewrites.lower_int8.tables import functions_to_tables
 from quantsim.rewrites.lower_int8.weights import freeze_weights
 from quantsim.rewrites.lower_int8.whole import LoweringError, copy_for_inference, finish
@@ -36,7 +37,7 @@ def lower_int8(graph: fx.GraphModule, placements: Sequence[Placement], packs: bo
         placements: of its quantizers.
         packs: products run on oneDNN's kernels; without, in float32 with the same integers.
         exact: every value is the simulation's to the bit: products give float32, which is requantized as the simulation does it (a
-            kernel multiplies by ``1 / scale`` where that divides), and attention keeps its ops.
+            kernel multiplies by ``1 / scale`` where that divides), attention keeps its ops, and norms sum in float64.
 
     Raises:
         LoweringError: a quantizer that is not calibrated.
@@ -56,5 +57,6 @@ def lower_int8(graph: fx.GraphModule, placements: Sequence[Placement], packs: bo
         if packs:
             attention_to_integers(lowered)
         fuse_attention(lowered)
+    sums_to_functions(lowered, exact)
     forget_unread_integers(lowered)
     return finish(lowered)

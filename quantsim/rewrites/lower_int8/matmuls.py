@@ -21,7 +21,7 @@ def matmuls_to_integers(graph: fx.GraphModule) -> None:
         a, b = (side.args[0] for side in node.args)
         of_a, of_b = (side.meta[GRID] for side in node.args)
         with graph.graph.inserting_before(node):
-            numbers = (of_a.zero_point, of_b.zero_point, of_a.scale, of_b.scale)
+            numbers = (of_a.zero_point, of_b.zero_point, of_a.scale * of_b.scale)
             product = graph.graph.call_function(scaled_matmul, (a, b, *numbers))
         product.meta = {COMPUTES: node.meta.get(COMPUTES, node.name)}
         node.replace_all_uses_with(product)

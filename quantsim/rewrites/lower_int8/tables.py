@@ -6,11 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from quantsim.graph.roles import op_of
-from quantsim.kernels.edges import COMPUTES, EDGE, GRID, Grid, from_integers, look_up, to_integers
+from quantsim.kernels.edges import COMPUTES, EDGE, FUNCTIONS, GRID, Grid, from_integers, look_up, to_integers
 from quantsim.rewrites.lower_int8.weights import ROOM, constant
-
-FUNCTIONS = frozenset("gelu tanh sigmoid silu relu erf exp hardswish hardtanh leaky_relu elu mish softplus".split())
-"""Functions of each element alone that cost more than a look-up."""
 
 
 def functions_to_tables(graph: fx.GraphModule) -> None:
@@ -33,7 +30,5 @@ def functions_to_tables(graph: fx.GraphModule) -> None:
 
 
 def _table(function: fx.Node, grid: Grid, out: Grid, device: torch.device) -> Tensor:
-    every = torch.arange(grid.quant_min, grid.quant_max + 1, dtype=torch.int32, device=device).to(grid.dtype)
-    values = from_integers(every, grid.scale, grid.zero_point)
     assert callable(function.target)
-    return to_integers(function.target(values, *function.args[1:], **function.kwargs), *out.numbers)
+    return to_integers(function.target(grid.values(device), *function.args[1:], **function.kwargs), *out.numbers)

@@ -18,13 +18,13 @@ def exact(sim: QuantSim, kind: type[nn.Module] = ExactLinear) -> list[str]:
 
 def test_every_linear_between_quantized_edges():
     sim = tiny_sim()
-    linears = [f"products.{name}.weight" for name, module in tiny_bert().named_modules() if isinstance(module, nn.Linear)]
+    linears = [f"exact.{name}.weight" for name, module in tiny_bert().named_modules() if isinstance(module, nn.Linear)]
     assert sorted(exact(sim)) == sorted(linears)
     assert not sim.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
 
 
 def test_both_products_of_every_attention():
-    sim, at = tiny_sim(), "products.bert.encoder.layer.{}.attention.self.{}.matmul"
+    sim, at = tiny_sim(), "exact.bert.encoder.layer.{}.attention.self.{}.matmul"
     sides = ("query.output", "softmax")
     assert sorted(exact(sim, ExactMatmul)) == [at.format(i, side) for i in (0, 1) for side in sides]
     assert not sim.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
@@ -37,7 +37,7 @@ def test_not_one_whose_input_has_16_bits():
 
 
 def test_state_dict_has_nothing_of_it():
-    assert not [key for key in tiny_sim().model.state_dict() if key.startswith("products")]
+    assert not [key for key in tiny_sim().model.state_dict() if key.startswith("exact")]
 
 
 def test_follows_the_models_mode():

@@ -1,0 +1,53 @@
+"""Functions whose float32 result is the same on every machine, in every library and with any number of threads.
+
+Sums run in float64, where the order of their terms no longer shows once the result is rounded to float32; ``exp`` is read from a table,
+for libraries differ in its last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+STEPS = 256
+"""How many values an 8-bit edge has, and so how many differences from its largest."""
+
+
+def exp_table(scale: Tensor | float, device: torch.device | None = None) -> Tensor:
+    """``exp(-i * scale)`` for ``i`` in 0 … 255: float32 ``[256]``, each entry rounded once from float64.
+
+    >>> exp_table(0.5)[:3]
+    tensor([1.0000, 0.6065, 0.3679])
+    """
+    steps = torch.arange(STEPS, dtype=torch.float64, device=device)
+    return torch.exp(-steps * scale).float()
+
+
+def softmax_on_grid(x: Tensor, scale: Tensor | float) -> Tensor:
+    """Softmax over the last axis of values that are whole multiples of ``scale``, at most 255 steps apart.
+
+    With ``d = (max(x) - x) / scale``, an integer::
+
+        y = table[d] / float32(sum(table[d])),  table = exp_table(scale),  the sum in float64
+
+    A row that holds NaN is NaN.
+
+    >>> softmax_on_grid(torch.tensor([0.5, 0.0, -0.5]), 0.5)
+    tensor([0.5065, 0.3072, 0.1863])
+    """
+    largest = x.amax(-1, keepdim=True)
+    steps = torch.div(largest - x, scale).round_()
+    steps = torch.fmin(steps, steps.new_tensor(STEPS - 1.0))  # of NaN and 255, the number
+    table = exp_table(scale, x.device)
+    y = torch.index_select(table, 0, steps.int().reshape(-1)).reshape(x.shape)
+    total = y.sum(-1, keepdim=True, dtype=torch.float64).float()
+    return y.div_(total + (largest - largest))  # 0, or NaN
+
+
+def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last axes, in float64, rounded once to the type of ``x``."""
+    weight, bias = (None if t is None else t.double() for t in (weight, bias))
+    return functional.layer_norm(x.double(), list(shape), weight, bias, eps).to(x.dtype)
