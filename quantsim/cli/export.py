@@ -30,10 +30,11 @@ def run(args: argparse.Namespace) -> Answer:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse flags of the other format, and places that are taken."""
-    foreign = {"aimet": ("bias", "opset"), "onnx": ("encodings",)}[args.format]
+    foreign = {"aimet": ("bias", "opset", "single_operators"), "onnx": ("encodings",)}[args.format]
     for name in foreign:
-        if getattr(args, name) is not None:
-            raise CommandError(f"--{name} {getattr(args, name)}: means nothing with --format {args.format}; leave it out")
+        if (given := getattr(args, name)) is not None:
+            flag = f"--{name.replace('_', '-')}" + ("" if given is True else f" {given}")
+            raise CommandError(f"{flag}: means nothing with --format {args.format}; leave it out")
     check_output(args.output, args.overwrite, folder=False)
     if args.format == "aimet" and (args.encodings or BY_MODULE) != BY_MODULE:
         if args.output.suffix == MODEL:
@@ -44,7 +45,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _onnx(sim: QuantSim, args: argparse.Namespace) -> dict[str, Any]:
-    tensors = sim.export_onnx(args.output, args.bias or "float", args.opset)
+    tensors = sim.export_onnx(args.output, args.bias or "float", args.opset, exact=not args.single_operators)
     data = args.output.with_name(f"{args.output.name}.data")
     return {"written": [str(path) for path in (args.output, data) if path.is_file()], "tensors": tensors}
 
@@ -70,6 +71,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--bias", type=one_of("bias", get_args(Bias)), metavar="NAME", help="float, or int32 as integer kernels add it (default float)"
     )
     onnx.add_argument("--opset", type=count, metavar="N", help="18 or more (default 20, or 21 where a type needs it)")
+    onnx.add_argument(
+        "--single-operators",
+        action="store_const",
+        const=True,
+        help="softmax, norms and GELU as one operator each, for compilers that look for those; ONNX Runtime's logits are then near the "
+        "simulation's, not the same",
+    )
     aimet = parser.add_argument_group("aimet")
     aimet.add_argument(
         "--encodings",

@@ -288,8 +288,11 @@ class Roles:
         """One of these ops uses the node's values, past those that keep its grid."""
         return any(self.op[user] in ops for user in self._users_past(node, KEEPS_GRID))
 
+    def _computes(self, node: fx.Node) -> bool:
+        return node.op == "call_function" or (node.op == "call_module" and self.op[node] not in ("module", "dropout"))
+
     def _find_names(self) -> dict[fx.Node, str]:
-        computing = [n for n in self.nodes if n.op == "call_function" and is_float(n) and not self.keeps_grid(n)]
+        computing = [n for n in self.nodes if self._computes(n) and is_float(n) and not self.keeps_grid(n)]
         unscaling = [n for n in computing if self.unscales(n)]
         computing = [n for n in computing if n not in unscaling]
         paths = {module_path(n).split(".parametrizations")[0] for n in self.nodes if n.op in ("call_function", "call_module")}

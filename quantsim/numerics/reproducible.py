@@ -6,11 +6,11 @@ for libraries differ in its last bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 STEPS = 256
 """How many values an 8-bit edge has, and so how many differences from its largest."""
@@ -48,6 +48,20 @@ def softmax_on_grid(x: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last axes, in float64, rounded once to the type of ``x``."""
-    weight, bias = (None if t is None else t.double() for t in (weight, bias))
-    return functional.layer_norm(x.double(), list(shape), weight, bias, eps).to(x.dtype)
+    """Layer norm over the last axes, of ``n`` values together, in float32 but for the sums and the square root, which are float64::
+
+        mean = float32(sum(x) / n);  c = x - mean;  deviation = float32(sqrt(sum(c * c) / n + eps))
+        y = c / deviation * weight + bias
+
+    Args:
+        x: float32 ``[..., *shape]``.
+        weight, bias: ``[*shape]``.
+
+    >>> layer_norm(torch.tensor([1.0, 2.0, 3.0]), [3])
+    tensor([-1.2247,  0.0000,  1.2247])
+    """
+    axes, n = list(range(-len(shape), 0)), math.prod(shape)
+    c = x - (x.sum(axes, keepdim=True, dtype=torch.float64) / n).float()
+    y = c / torch.sqrt((c * c).sum(axes, keepdim=True, dtype=torch.float64) / n + eps).float()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias

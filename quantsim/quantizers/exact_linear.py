@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from quantsim.config import QuantSpec
 from quantsim.kernels.cpu import missing_for_int8
@@ -29,7 +28,7 @@ class ExactLinear(ExactOp):
         x, weight: the quantizers on whose grids the inputs of :meth:`forward` lie.
     """
 
-    op = "linear"
+    aten, op = torch.ops.aten.linear.default, "linear"
 
     def __init__(self, x: FakeQuantizer, weight: WeightQuantizer) -> None:
         super().__init__(x, weight)
@@ -45,9 +44,6 @@ class ExactLinear(ExactOp):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
             return _Product.apply(x, weight, bias, product)  # type: ignore[no-any-return, no-untyped-call]
         return multiply(product, x)
-
-    def in_float(self, *args: Tensor | None) -> Tensor:
-        return functional.linear(*args)  # type: ignore[arg-type]
 
     def _product(self, weight: Tensor, bias: Tensor | None) -> Int8Linear:
         """The weight packed, once for as long as its quantizer gives the same tensor."""

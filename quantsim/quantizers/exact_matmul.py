@@ -21,7 +21,7 @@ class ExactMatmul(ExactOp):
         a, b: the quantizers on whose grids the inputs of :meth:`forward` lie.
     """
 
-    op = "matmul"
+    aten, op = torch.ops.aten.matmul.default, "matmul"
 
     def __init__(self, a: FakeQuantizer, b: FakeQuantizer) -> None:
         super().__init__(a, b)
@@ -37,9 +37,6 @@ class ExactMatmul(ExactOp):
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
             return _Product.apply(a, b, product)  # type: ignore[no-any-return, no-untyped-call]
         return product
-
-    def in_float(self, *args: Tensor | None) -> Tensor:
-        return torch.matmul(*args)  # type: ignore[arg-type]
 
 
 class _Product(torch.autograd.Function):

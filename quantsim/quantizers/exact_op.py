@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +21,11 @@ class ExactOp(nn.Module):
         quantizers: those on whose grids the inputs of ``forward`` lie; they stay the graph's own.
 
     Attributes:
-        op: what ``quantsim.graph.roles.op_of`` calls it, the name of an ATen op.
+        aten: the floating-point op.
+        op: its name, as ``quantsim.graph.roles.op_of`` has it.
     """
 
+    aten: torch._ops.OpOverload
     op: str
 
     def __init__(self, *quantizers: FakeQuantizer) -> None:
@@ -37,9 +41,10 @@ class ExactOp(nn.Module):
             return False
         return all(quantizer.calibrated for quantizer in self.quantizers)
 
-    def in_float(self, *args: Tensor | None) -> Tensor:
+    def in_float(self, *args: Any) -> Tensor:
         """The floating-point op."""
-        raise NotImplementedError
+        y: Tensor = self.aten(*args)
+        return y
 
 
 def fits(quantizer: FakeQuantizer) -> bool:

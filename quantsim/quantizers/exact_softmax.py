@@ -15,7 +15,7 @@ from quantsim.quantizers.exact_op import ExactOp, fits
 class ExactSoftmax(ExactOp):
     """Softmax over the last axis of an edge of at most 8 bits: :func:`~quantsim.numerics.reproducible.softmax_on_grid`."""
 
-    op = "softmax"
+    aten, op = torch.ops.aten.softmax.int, "softmax"
 
     def forward(self, x: Tensor, *options: Any) -> Tensor:
         """``[..., n]`` → ``[..., n]``; ``options`` are those of ATen's softmax."""
@@ -25,14 +25,11 @@ class ExactSoftmax(ExactOp):
             y = softmax_on_grid(x, self.quantizers[0].affine_params().scale)
         return straight_through(self.in_float(x, *options), y) if x.requires_grad and torch.is_grad_enabled() else y
 
-    def in_float(self, *args: Any) -> Tensor:
-        return torch.ops.aten.softmax.int(*args)  # type: ignore[no-any-return]
-
 
 class ExactNorm(ExactOp):
     """Layer norm of a quantized edge: :func:`~quantsim.numerics.reproducible.layer_norm`."""
 
-    op = "layer_norm"
+    aten, op = torch.ops.aten.layer_norm.default, "layer_norm"
 
     def forward(self, x: Tensor, shape: list[int], *options: Any) -> Tensor:
         """``[..., n]`` → ``[..., n]``; ``options`` are those of ATen's layer norm: weight, bias, eps, and whether cuDNN may be used."""
@@ -42,6 +39,3 @@ class ExactNorm(ExactOp):
             y = layer_norm(x, shape, *options[:3])
         wants = any(isinstance(t, Tensor) and t.requires_grad for t in (x, *options))
         return straight_through(self.in_float(x, shape, *options), y) if wants and torch.is_grad_enabled() else y
-
-    def in_float(self, *args: Any) -> Tensor:
-        return torch.ops.aten.layer_norm.default(*args)  # type: ignore[no-any-return]

@@ -176,7 +176,7 @@ class QuantSim(Calibration):
     # ---- export ----
 
     def export_onnx(
-        self, path: str | Path, bias: Bias = "float", opset: int | None = None, *, quantize: bool = True, exact: bool = False
+        self, path: str | Path, bias: Bias = "float", opset: int | None = None, *, quantize: bool = True, exact: bool = True
     ) -> dict[str, str]:
         """Write an ONNX file that computes what the simulation computes in evaluation, for integer runtimes.
 
@@ -196,8 +196,9 @@ class QuantSim(Calibration):
                 where input and weight of a linear or convolution have a grid. That differs from the simulation by half a step of it.
             opset: 18 or more; by default 20, and 21 where a type of 4 or 16 bits needs it.
             quantize: false writes the floating-point model alone (a clamped mask stays clamped), to go with encodings.
-            exact: write softmax, norms, sums and functions of 8-bit edges so that runtimes which follow ONNX give the simulation's values
-                to the bit (``quantsim.formats.onnx.exact``), where each edge between ops that sum has a quantizer (preset ``aimet``).
+            exact: write softmax, norms, sums and functions of 8-bit edges as in ``quantsim.formats.onnx.exact``, so that ONNX Runtime gives
+                the simulation's values to the bit where each edge between ops that sum has at most 8 bits (preset ``aimet``). False
+                leaves them as single operators, for compilers that look for those: rows near a decision may then fall on its other side.
 
         Returns:
             Each quantizer's placement → the ONNX tensor with its integers, or without ``quantize`` the tensor that it would quantize

@@ -86,6 +86,7 @@ def test_encodings_by_tensor_come_with_their_model(checkpoint: Path, tmp_path: P
     "flags, message",
     [
         (["--format", "aimet", "--bias", "int32"], "--bias int32: means nothing with --format aimet"),
+        (["--format", "aimet", "--single-operators"], "--single-operators: means nothing with --format aimet; leave it out"),
         (["--format", "onnx", "--encodings", "1.0.0"], "--encodings 1.0.0: means nothing with --format onnx"),
         (["--format", "onnx", "--opset", "9"], "opset"),
         (["--format", "aimet", "--encodings", "2.0"], "no version of encodings '2.0' (nearest: 2.0.0)"),

@@ -10,6 +10,7 @@ import torch
 from transformers import AlbertConfig, AlbertModel
 
 from quantsim import PostTraining, QuantConfig, QuantSim
+from quantsim.graph.roles import op_of
 from quantsim.post_training.layers import adjust_layers, mean_error
 from quantsim.report.walk import Walk, everyone, nobody
 from tests.post_training.outliers import BATCHES, logits, noise, sick_bert, simulate
@@ -42,8 +43,8 @@ def test_afterwards_no_linear_or_norm_has_a_mean_error() -> None:
     """All of them at once, for each was corrected with those before it corrected."""
     sim = simulate(CLIPPED)
     reference = simulate(CLIPPED)
-    ops = ("aten.linear.default", "aten.layer_norm.default")
-    nodes, same = ([n for n in s.graph.graph.nodes if str(n.target) in ops] for s in (sim, reference))
+    ops = ("linear", "layer_norm")
+    nodes, same = ([n for n in s.graph.graph.nodes if op_of(n, s.graph) in ops] for s in (sim, reference))
     adjust_layers(sim.graph, BATCHES, biases=True)
     worst = {}
     for node, twin in zip(nodes, same, strict=True):

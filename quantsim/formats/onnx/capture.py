@@ -68,13 +68,14 @@ def marked_graph(
                 constants[f"computed.{module.name}"] = weights[module].detach()
                 x = new.get_attr(f"computed.{module.name}")
             copies[node] = new.call_function(mark, (x, module.name))
-        elif exact and (made := exactly(new, node, graph, fx.map_arg(node.args, copies.__getitem__), constants)) is not None:
+        elif (
+            exact
+            and node not in biases
+            and (made := exactly(new, node, graph, fx.map_arg(node.args, copies.__getitem__), constants)) is not None
+        ):
             copies[node] = made
         elif isinstance(module, ExactOp):
-            copies[node] = new.call_function(
-                getattr(torch.ops.aten, module.op).int if module.op == "softmax" else getattr(torch.ops.aten, module.op).default,
-                *fx.map_arg((node.args, node.kwargs), copies.__getitem__),
-            )
+            copies[node] = new.call_function(module.aten, *fx.map_arg((node.args, node.kwargs), copies.__getitem__))
         elif node.op == "output":
             outputs = dict(leaves(node.args[0]))
             names = list(outputs)

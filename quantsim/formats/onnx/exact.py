@@ -4,16 +4,17 @@ What differs from one library to the next is written in another way, in standard
 
     linear            MatMul(DQ(x), DQ(w)) + b             one form for every rank; runtimes sum its integers
     linear(rows of x) MatMul(DQ(Q(rows)), DQ(w)) + b       runtimes look for a DQ right before a product; rows are on the grid
-    f(8-bit edge)     Gather(table, q)                      exp, erf and tanh of libraries differ in the last bit
-    softmax           e = Gather(table, max(q) - q);  e / float32(sum of e in float64)
-    LayerNorm         in float64, its result cast to float32
+    f(8-bit edge)     table[q]                              exp, erf and tanh of libraries differ in the last bit
+    softmax           e = table[max(q) - q];  e / float32(sum of e in float64)
+    LayerNorm         operator by operator, its two sums in float64
     x + y             Sum(x, y)                             runtimes make DQ → Add → Q one op, which multiplies where Q divides
     matmul(x, y)      Sum(MatMul(x, y))                     the same; a Sum of one is the identity
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from quantsim.formats.onnx.edges import StoredEdge
 from quantsim.formats.onnx.markers import DOMAIN, PLACEMENT, replace, source
 from quantsim.graph.roles import op_of
 from quantsim.kernels.edges import FUNCTIONS, Grid
-from quantsim.numerics.reproducible import exp_table, layer_norm
+from quantsim.numerics.reproducible import exp_table
 from quantsim.quantizers.exact_linear import ExactLinear
 from quantsim.quantizers.exact_op import ExactOp, fits
 from quantsim.quantizers.exact_softmax import ExactNorm, ExactSoftmax
@@ -33,7 +34,7 @@ from quantsim.quantizers.in_graph import quantizer_before_moves, quantizer_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-LOOK_UP, SOFTMAX, AGAIN = "LookUp", "Softmax", "Again"
+LOOK_UP, SOFTMAX, NORM, AGAIN = "LookUp", "Softmax", "Norm", "Again"
 RUNTIMES_SEE_THROUGH = frozenset(
     "clone contiguous dropout permute reshape squeeze t transpose unsafe_view unsqueeze view _unsafe_view".split()
 )
@@ -55,14 +56,18 @@ def softmax(x: Tensor, table: Tensor, placement: str) -> Tensor:
     return _symbol(SOFTMAX, x, table, placement=placement)
 
 
+def norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, placement: str) -> Tensor:
+    """A marker: layer norm over the last axes."""
+    return _symbol(NORM, x, weight, bias, placement=placement, eps=eps, axes=len(shape), n=math.prod(shape))
+
+
 def again(x: Tensor, placement: str) -> Tensor:
     """A marker: values of an edge that were moved are quantized again, which changes none."""
     return _symbol(AGAIN, x, placement=placement)
 
 
-def _symbol(op: str, *inputs: Tensor, placement: str) -> Tensor:
-    x = inputs[0]
-    marked: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{op}", inputs, {PLACEMENT: placement}, dtype=x.dtype, shape=x.shape, version=1)
+def _symbol(op: str, x: Tensor, *others: Tensor | None, **attributes: Any) -> Tensor:
+    marked: Tensor = torch.onnx.ops.symbolic(f"{DOMAIN}::{op}", (x, *others), dict(attributes), dtype=x.dtype, shape=x.shape, version=1)
     return marked
 
 
@@ -81,7 +86,8 @@ def exactly(new: fx.Graph, node: fx.Node, graph: fx.GraphModule, args: tuple[Any
         product = new.call_function(aten.matmul.default, (x, new.call_function(aten.t.default, (args[1],))))
         return product if len(args) < 3 or args[2] is None else new.call_function(aten.add.Tensor, (product, args[2]))
     if isinstance(module, ExactNorm):
-        return new.call_function(layer_norm, args[:5])
+        weight, bias, eps = args[2:5] if len(args) > 4 else (*args[2:], *(None, None, 1e-5)[len(args) - 2 :])
+        return new.call_function(norm, (args[0], args[1], weight, bias, eps, module.quantizers[0].name))
     if isinstance(module, ExactSoftmax) and fits(quantizer := module.quantizers[0]):
         return _with_table(new, softmax, args[0], quantizer, exp_table(quantizer.affine_params().scale.item()), constants)
     if op_of(node, graph) not in FUNCTIONS or len(node.all_input_nodes) != 1:
@@ -121,11 +127,10 @@ def insert_exact(model: ir.Model, edges: Mapping[str, StoredEdge]) -> None:
     """Put standard operators in place of the markers, and keep runtimes from making one op of what is between two edges."""
     for marker, edge in list(_markers(model)):
         writer = _Writer(model, marker, edge, edges[edge])
-        {SOFTMAX: writer.write_softmax, LOOK_UP: writer.write_look_up, AGAIN: writer.write_again}[marker.op_type]()
+        write = {SOFTMAX: writer.write_softmax, LOOK_UP: writer.write_look_up, NORM: writer.write_norm, AGAIN: writer.write_again}
+        write[marker.op_type]()
     for node in list(model.graph):
-        if node.op_type == "LayerNormalization" and node.outputs[0].dtype == DOUBLE:
-            _sum_in_float64(node)
-        elif node.op_type == "QuantizeLinear":
+        if node.op_type == "QuantizeLinear":
             _keep_apart(model, node)
         elif node.op_type == "Add" and _is_bias_of_a_matrix(node):
             node.op_type = "Sum"  # MatMul and Add of matrices become a Gemm, which runtimes leave in floating point
@@ -133,19 +138,13 @@ def insert_exact(model: ir.Model, edges: Mapping[str, StoredEdge]) -> None:
 
 def _markers(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
     for node in model.graph:
-        if node.domain == DOMAIN and node.op_type in (LOOK_UP, SOFTMAX, AGAIN):
+        if node.domain == DOMAIN and node.op_type in (LOOK_UP, SOFTMAX, NORM, AGAIN):
             yield node, node.attributes[PLACEMENT].as_string()
 
 
 def _is_bias_of_a_matrix(add: ir.Node) -> bool:
     product, shape = source(add).producer(), add.outputs[0].shape
     return product is not None and product.op_type == "MatMul" and shape is not None and len(shape) == 2
-
-
-def _sum_in_float64(norm: ir.Node) -> None:
-    import onnx_ir as ir
-
-    norm.attributes["stash_type"] = ir.AttrInt64("stash_type", DOUBLE)
 
 
 def _keep_apart(model: ir.Model, quantize: ir.Node) -> None:
@@ -165,7 +164,8 @@ def _keep_apart(model: ir.Model, quantize: ir.Node) -> None:
         return
     apart = ir.Node("", "Sum", [x], name=f"{x.name}.apart")
     out = apart.outputs[0]
-    out.name, out.shape, out.dtype = f"{x.name}.apart", x.shape, x.dtype
+    out.name, out.shape = f"{x.name}.apart", x.shape
+    out.dtype = ir.DataType.FLOAT
     model.graph.insert_before(quantize, apart)
     quantize.replace_input_with(0, out)
 
@@ -182,7 +182,7 @@ class _Writer:
             assert self.edge.params is not None
             table = table.roll(self.edge.params.quant_min)
         index = self._int32()
-        self._finish(self._node("Gather", [self._constant("table", table), index], 1, "looked_up"))
+        self._finish(self._entries(table, index))
 
     def write_again(self) -> None:
         self._finish(self._node("DequantizeLinear", [self._quantized(), *self._grid()], 1, "dequantized"))
@@ -191,10 +191,33 @@ class _Writer:
         q, last = self._int32(), self._constant("last_axis", torch.tensor([-1]))
         largest = self._node("ReduceMax", [q, last], 6, "largest")
         below = self._node("Sub", [largest, q], 6, "below")
-        e = self._node("Gather", [self._constant("exps", self._table()), below], 1, "exp")
+        e = self._entries(self._table(), below)
         wide = self._node("Cast", [e], DOUBLE, "exp_float64", to=DOUBLE)
         total = self._node("Cast", [self._node("ReduceSum", [wide, last], DOUBLE, "sum_float64")], 1, "sum", to=1)
         self._finish(self._node("Div", [e, total], 1, "softmax"))
+
+    def write_norm(self) -> None:
+        x, weight, bias = (*self.marker.inputs, None, None)[:3]
+        n, eps = (torch.tensor(self.marker.attributes[name].value, dtype=torch.float64) for name in ("n", "eps"))
+        axes = self._constant("axes", torch.arange(-self.marker.attributes["axes"].as_int(), 0))
+        mean = self._node("Cast", [self._mean(x, axes, self._constant("n", n), "mean")], 1, "mean", to=1)
+        c = self._node("Sub", [x, mean], 1, "centred")
+        variance = self._mean(self._node("Mul", [c, c], 1, "squared"), axes, self.graph.initializers[f"{self.marker.name}.n"], "variance")
+        above = self._node("Add", [variance, self._constant("eps", eps)], DOUBLE, "variance_eps")
+        deviation = self._node("Cast", [self._node("Sqrt", [above], DOUBLE, "sqrt")], 1, "deviation", to=1)
+        y = self._node("Div", [c, deviation], 1, "normed")
+        y = y if weight is None else self._node("Mul", [y, weight], 1, "weighted")
+        self._finish(y if bias is None else self._node("Add", [y, bias], 1, "norm"))
+
+    def _mean(self, x: ir.Value | None, axes: ir.Value, n: ir.Value, what: str) -> ir.Value:
+        wide = self._node("Cast", [x], DOUBLE, f"{what}_of", to=DOUBLE)
+        return self._node("Div", [self._node("ReduceSum", [wide, axes], DOUBLE, f"{what}_sum"), n], DOUBLE, f"{what}_float64")
+
+    def _entries(self, table: Tensor, index: ir.Value) -> ir.Value:
+        """``table[index]``. Of one axis, and by GatherElements: ONNX Runtime's Gather copies entry by entry, 18 times slower."""
+        flat = self._node("Reshape", [index, self._constant("flat", torch.tensor([-1]))], 6, "indices")
+        entries = self._node("GatherElements", [self._constant("table", table), flat], 1, "entries")
+        return self._node("Reshape", [entries, self._node("Shape", [index], 7, "shape")], 1, "looked_up")
 
     def _finish(self, value: ir.Value) -> None:
         value.shape = self.marker.outputs[0].shape

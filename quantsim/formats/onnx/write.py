@@ -37,7 +37,7 @@ def export_onnx(
     bias: Bias = "float",
     opset: int | None = None,
     quantize: bool = True,
-    exact: bool = False,
+    exact: bool = True,
 ) -> dict[str, str]:
     """Write a simulated graph; see ``QuantSim.export_onnx``.
 
@@ -46,7 +46,7 @@ def export_onnx(
     """
     need(*NEEDED_TO_EXPORT)
     path = Path(path)
-    _check(path, graph, bias, exact)
+    _check(path, graph, bias)
     edges = stored_edges(graph) if quantize else {}
     nodes, biases = int32_biases(graph) if quantize and bias == "int32" else ({}, {})
     opset = check_opset(opset, edges)
@@ -83,11 +83,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
-def _check(path: Path, graph: fx.GraphModule, bias: str, exact: bool) -> None:
+def _check(path: Path, graph: fx.GraphModule, bias: str) -> None:
     if bias not in get_args(Bias):
         raise OnnxError(f"bias: {bias!r}; expected one of {', '.join(get_args(Bias))}")
-    if exact and bias == "int32":
-        raise OnnxError("exact: with bias='int32' the bias is rounded, which the simulation doesn't; expected bias='float'")
     if path.is_dir():
         raise OnnxError(f"{path}: is a folder; expected the file to write")
     for name, x in graph.named_parameters():

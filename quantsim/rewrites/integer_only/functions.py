@@ -93,5 +93,6 @@ def in_float(b: Builder, node: fx.Node, largest: float, **norm: Tensor) -> Float
     rest: list[Any] = list(node.args[1:])
     if norm:
         rest[1:3] = [b.keep(norm["gamma"].float()), b.keep(norm["beta"].float())]
-    assert callable(node.target)
-    return Floats(b.emit(node.target, x, *rest, **node.kwargs), largest * (1 + 2.0**-10))
+    op = b.source.get_submodule(str(node.target)).aten if node.op == "call_module" else node.target
+    assert callable(op)
+    return Floats(b.emit(op, x, *rest, **node.kwargs), largest * (1 + 2.0**-10))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from quantsim.kernels.edges import COMPUTES, GRID, from_integers
@@ -13,10 +12,11 @@ from quantsim.quantizers.exact_matmul import ExactMatmul
 def matmuls_to_integers(graph: fx.GraphModule) -> None:
     """``matmul(from_integers(a), from_integers(b))`` → :func:`scaled_matmul` of ``a`` and ``b``: the simulation's values to the bit."""
     for node in list(graph.graph.find_nodes(op="call_module")):
-        if not isinstance(graph.get_submodule(str(node.target)), ExactMatmul):
+        module = graph.get_submodule(str(node.target))
+        if not isinstance(module, ExactMatmul):
             continue
         if not all(isinstance(side, fx.Node) and side.target is from_integers for side in node.args):
-            node.op, node.target = "call_function", torch.ops.aten.matmul.default
+            node.op, node.target = "call_function", module.aten
             continue
         a, b = (side.args[0] for side in node.args)
         of_a, of_b = (side.meta[GRID] for side in node.args)

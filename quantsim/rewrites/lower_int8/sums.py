@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from quantsim.kernels.edges import GRID, from_integers
 from quantsim.numerics.reproducible import layer_norm, softmax_on_grid
 from quantsim.quantizers.exact_softmax import ExactNorm, ExactSoftmax
-
-aten = torch.ops.aten
 
 
 def sums_to_functions(graph: fx.GraphModule, exact: bool) -> None:
@@ -23,9 +20,9 @@ def sums_to_functions(graph: fx.GraphModule, exact: bool) -> None:
         if isinstance(module, ExactSoftmax):
             x = node.args[0]
             on_grid = exact and isinstance(x, fx.Node) and x.target is from_integers
-            node.op, node.target = "call_function", softmax_on_grid if on_grid else aten.softmax.int
+            node.op, node.target = "call_function", softmax_on_grid if on_grid else module.aten
             if on_grid:
-                node.args = (x, x.meta[GRID].scale)  # type: ignore[union-attr]
+                node.args = (x, x.meta[GRID].scale)
         elif isinstance(module, ExactNorm):
-            node.op, node.target = "call_function", layer_norm if exact else aten.layer_norm.default
+            node.op, node.target = "call_function", layer_norm if exact else module.aten
             node.args = node.args[:5] if exact else node.args
