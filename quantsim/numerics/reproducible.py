@@ -39,10 +39,8 @@ def softmax_on_grid(x: Tensor, scale: Tensor | float) -> Tensor:
     tensor([0.5065, 0.3072, 0.1863])
     """
     largest = x.amax(-1, keepdim=True)
-    steps = torch.div(largest - x, scale).round_()
-    steps = torch.fmin(steps, steps.new_tensor(STEPS - 1.0))  # of NaN and 255, the number
-    table = exp_table(scale, x.device)
-    y = torch.index_select(table, 0, steps.int().reshape(-1)).reshape(x.shape)
+    steps = torch.sub(largest, x).div_(scale).round_().int().clamp_(0, STEPS - 1)  # of NaN, some number
+    y = torch.index_select(exp_table(scale, x.device), 0, steps.reshape(-1)).reshape(x.shape)
     total = y.sum(-1, keepdim=True, dtype=torch.float64).float()
     return y.div_(total + (largest - largest))  # 0, or NaN
 
@@ -62,6 +60,6 @@ def layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bi
     """
     axes, n = list(range(-len(shape), 0)), math.prod(shape)
     c = x - (x.sum(axes, keepdim=True, dtype=torch.float64) / n).float()
-    y = c / torch.sqrt((c * c).sum(axes, keepdim=True, dtype=torch.float64) / n + eps).float()
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    y = c.div_(torch.sqrt((c * c).sum(axes, keepdim=True, dtype=torch.float64) / n + eps).float())
+    y = y if weight is None else y.mul_(weight)
+    return y if bias is None else y.add_(bias)
