@@ -1,4 +1,4 @@
-"""Which linears of a simulation run on integers, and what follows: the lowered model's values, on any batch and number of threads."""
+"""Which ops of a simulation have exact sums, and what follows: the lowered model's values, on any batch and number of threads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from quantsim import QuantConfig, QuantSim, Rule
 from quantsim.quantizers.exact_linear import ExactLinear
 from quantsim.quantizers.exact_matmul import ExactMatmul
+from quantsim.quantizers.exact_softmax import ExactNorm, ExactSoftmax
 from tests.tiny import HEADS, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_sim
 
 
@@ -28,7 +29,15 @@ def test_both_products_of_every_attention():
     sides = ("query.output", "softmax")
     assert sorted(exact(sim, ExactMatmul)) == [at.format(i, side) for i in (0, 1) for side in sides]
     assert not sim.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
-    assert exact(tiny_sim(config="deploy"), ExactMatmul) == []
+    assert sorted(exact(tiny_sim(config="deploy"), ExactMatmul)) == sorted(exact(sim, ExactMatmul))
+
+
+def test_every_softmax_and_norm_of_a_quantized_edge():
+    sim, at = tiny_sim(), "exact.bert.encoder.layer.{}.{}.add.{}"
+    assert sorted(exact(sim, ExactSoftmax)) == [at.format(i, "attention.self", "softmax") for i in (0, 1)]
+    norms = [at.format(i, part, "layer_norm") for i in (0, 1) for part in ("attention.output", "output")]
+    assert sorted(exact(sim, ExactNorm)) == ["exact.bert.embeddings.add_1.layer_norm", *sorted(norms)]
+    assert exact(tiny_sim(config="deploy"), ExactSoftmax) == exact(tiny_sim(config="deploy"), ExactNorm) == []
 
 
 def test_not_one_whose_input_has_16_bits():
