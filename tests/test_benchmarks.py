@@ -28,6 +28,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(float(row["milliseconds"]) > 0 for row in rows)
     assert "| ours deploy lowered |" in (tmp_path / "engines.md").read_text()
     assert (tmp_path / "engines.png").stat().st_size > 5000
+    assert main([*flags[:3], "2x16", *flags[4:]]) == 0
+    rows = list(csv.DictReader((tmp_path / "engines.csv").open()))
+    assert [(row["rows"], row["tokens"]) for row in rows] == [("2", "16")] * 2 + [("1", "32")] * 2  # the other shape stays
 
 
 @pytest.mark.slow

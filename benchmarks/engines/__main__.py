@@ -3,7 +3,8 @@
     pip install -e ".[bench]" && python -m benchmarks.engines
 
 Each engine runs in a process of its own; they take turns, one forward each, and medians of the turns are compared. Writes
-``engines.csv``, ``engines.md`` and ``engines.png`` beside this file. Engines that fail or are not installed are named, with the reason.
+``engines.csv``, ``engines.md`` and ``engines.png`` beside this file, after each shape; what these hold of other models and shapes stays.
+Engines that fail or are not installed are named, with the reason.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -30,6 +32,7 @@ from benchmarks.engines.inputs import MODELS, operations, write_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+Row = dict[str, Any]
 SHAPES = [(rows, tokens) for tokens in (32, 128, 384) for rows in (1, 8, 32)]
 
 
@@ -74,13 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     engines = list(dict.fromkeys([BASELINE, *args.engines]))
     shapes = [(int(rows), int(tokens)) for rows, tokens in (shape.split("x") for shape in args.shapes)]
-    rows = [row for name in args.models for row in measure(name, engines, shapes, args.threads, args.turns)]
-    write(args.output, rows)
+    for name in args.models:
+        for rows in measure(name, engines, shapes, args.threads, args.turns):
+            write(args.output, [*others(args.output, rows), *rows])
     return 0
 
 
-def measure(name: str, engines: Sequence[str], shapes: Sequence[tuple[int, int]], threads: int, turns: int) -> Iterator[dict[str, object]]:
-    """A row for each shape and engine."""
+def measure(name: str, engines: Sequence[str], shapes: Sequence[tuple[int, int]], threads: int, turns: int) -> Iterator[list[Row]]:
+    """For each shape a row an engine."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_model(name, folder)
@@ -108,8 +112,8 @@ def measure(name: str, engines: Sequence[str], shapes: Sequence[tuple[int, int]]
                         times[worker.engine].append(seconds)
             medians = {engine: statistics.median(found) for engine, found in times.items()}
             floor = operations(name, rows, tokens) / rate
-            for engine, seconds in medians.items():
-                yield {
+            yield [
+                {
                     "model": name,
                     "rows": rows,
                     "tokens": tokens,
@@ -120,6 +124,8 @@ def measure(name: str, engines: Sequence[str], shapes: Sequence[tuple[int, int]]
                     "least_milliseconds": round(min(times[engine]) * 1e3, 3),
                     "turns": turns,
                 }
+                for engine, seconds in medians.items()
+            ]
             print(f"{name} {rows}x{tokens}: " + ", ".join(f"{e} {medians[BASELINE] / s:.2f}" for e, s in medians.items()), flush=True)
 
 
@@ -160,9 +166,20 @@ def product_rate(threads: int) -> float:
     return 2.0 * 1024 * 768 * 3072 / statistics.median(seconds[5:])
 
 
-def write(folder: Path, rows: Sequence[dict[str, object]]) -> None:
+def others(folder: Path, rows: Sequence[Row]) -> list[Row]:
+    """What the CSV holds of other models and shapes."""
+    path = folder / "engines.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        kept: list[Row] = [{k: int(v) if k in ("rows", "tokens", "turns") else v for k, v in row.items()} for row in csv.DictReader(file)]
+    return [row for row in kept if not any(all(row[key] == new[key] for key in ("model", "rows", "tokens")) for new in rows)]
+
+
+def write(folder: Path, rows: Sequence[Row]) -> None:
     """The CSV, the table that the README shows, and the plot."""
     folder.mkdir(parents=True, exist_ok=True)
+    rows = sorted(rows, key=lambda row: (list(MODELS).index(str(row["model"])), row["tokens"], row["rows"]))
     with (folder / "engines.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -171,7 +188,7 @@ def write(folder: Path, rows: Sequence[dict[str, object]]) -> None:
     plot(folder / "engines.png", rows)
 
 
-def table(rows: Sequence[dict[str, object]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Times faster than eager FP32 torch, a line an engine, a column a shape."""
     parts = [f"Times faster than eager FP32 torch; {machine()}.\n"]
     for name in dict.fromkeys(row["model"] for row in rows):
@@ -179,7 +196,7 @@ def table(rows: Sequence[dict[str, object]]) -> str:
         shapes = list(dict.fromkeys((row["rows"], row["tokens"]) for row in mine))
         lines = []
         for engine in dict.fromkeys(row["engine"] for row in mine):
-            found = {(row["rows"], row["tokens"]): row["times_fp32"] for row in mine if row["engine"] == engine}
+            found = {(row["rows"], row["tokens"]): float(row["times_fp32"]) for row in mine if row["engine"] == engine}
             lines.append([engine, *(found.get(shape) for shape in shapes)])
         parts.append(tabulate(lines, [str(name), *(f"{a}×{b}" for a, b in shapes)], tablefmt="github", floatfmt=".2f"))
     return "\n".join(parts) + "\n"
@@ -193,7 +210,7 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
-def plot(path: Path, rows: Sequence[dict[str, object]]) -> None:
+def plot(path: Path, rows: Sequence[Row]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,7 +223,7 @@ def plot(path: Path, rows: Sequence[dict[str, object]]) -> None:
             row for row in rows if row["model"] == name
         ]
         engines = [str(row["engine"]) for row in mine]
-        values = [float(str(row["times_fp32"])) for row in mine]
+        values = [float(row["times_fp32"]) for row in mine]
         bars = axis.barh(engines, values, color=["tab:orange" if engine.startswith("ours") else "tab:gray" for engine in engines])
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.invert_yaxis()
