@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from model_zoo.cards import read_card, verify
+from model_zoo.cards import read_card, verify, write_card
 from model_zoo.publish import publish
 from quantsim import CheckpointError
-from recipes import bert_qat, bert_quanteval
+from recipes import bert_qat, bert_quanteval, measure_again
 from recipes.bert_qat import in_folds
 from recipes.tasks import TASKS, RecipeError
 
@@ -93,6 +94,26 @@ def test_the_evaluator_finds_the_cards_figures(
     card = read_card(output / "bundle")
     assert found["fp32"]["metrics"]["accuracy"] == card.metrics["fp32"]["accuracy"]
     assert found["w8a8"]["metrics"]["accuracy"] == card.metrics["qat"]["accuracy"]
+
+
+def test_measuring_again_finds_the_same_and_writes_it(
+    output: Path, files: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("model_zoo.bundle", "recipes.artifacts"):
+        monkeypatch.setattr(f"{module}.base_model_folder", lambda name: str(base))
+    monkeypatch.setattr("model_zoo.bundle.load_float.__defaults__", (lambda name: str(base),))
+    monkeypatch.setattr("model_zoo.bundle.load_simulation.__defaults__", (lambda name: str(base),))
+    expected, bundle = read_card(output / "bundle"), tmp_path / "bundle"
+    shutil.copytree(output / "bundle", bundle)
+    wrong = {what: {**values, "accuracy": 1.0} for what, values in expected.metrics.items()}
+    write_card(replace(expected, metrics=wrong, date="2001-01-01"), bundle)
+    flags = ["--checkpoint", str(bundle), "--dataset", str(files / "glue"), "--offline"]
+    assert measure_again.main([*flags, "--max_eval_rows", "3"]) == 2
+    assert "--max_eval_rows 3: a card's figures are those of all rows" in capsys.readouterr().err
+    assert measure_again.main(flags) == 0
+    card = read_card(bundle)
+    assert (card.metrics, card.estimators, card.files) == (expected.metrics, expected.estimators, expected.files)
+    assert card.date > "2026"
 
 
 def test_a_second_run_trains_nothing_again_and_other_settings_train_only_what_they_change(

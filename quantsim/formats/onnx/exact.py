@@ -2,8 +2,8 @@
 
 What differs from one library to the next is written in another way, in standard operators::
 
-    linear            MatMul(DQ(x), DQ(w)) + b             one form for every rank; runtimes sum its integers
-    linear(rows of x) MatMul(DQ(Q(rows)), DQ(w)) + b       runtimes look for a DQ right before a product; rows are on the grid
+    linear            MatMul(DQ(x), DQ(w)) + b              one form for every rank; runtimes sum its integers
+    linear(rows of x) MatMul(DQ(Q(rows)), DQ(w)) + b        runtimes look for a DQ right before a product; rows are on the grid
     f(8-bit edge)     table[q]                              exp, erf and tanh of libraries differ in the last bit
     softmax           e = table[max(q) - q];  e / float32(sum of e in float64)
     LayerNorm         operator by operator, its two sums in float64
@@ -26,6 +26,7 @@ from quantsim.graph.roles import op_of
 from quantsim.kernels.edges import FUNCTIONS, Grid
 from quantsim.numerics.reproducible import exp_table
 from quantsim.quantizers.exact_linear import ExactLinear
+from quantsim.quantizers.exact_matmul import ExactMatmul
 from quantsim.quantizers.exact_op import ExactOp, fits
 from quantsim.quantizers.exact_softmax import ExactNorm, ExactSoftmax
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
@@ -58,7 +59,7 @@ def softmax(x: Tensor, table: Tensor, placement: str) -> Tensor:
 
 def norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, placement: str) -> Tensor:
     """A marker: layer norm over the last axes."""
-    return _symbol(NORM, x, weight, bias, placement=placement, eps=eps, axes=len(shape), n=math.prod(shape))
+    return _symbol(NORM, x, weight, bias, placement=placement, eps=repr(eps), axes=len(shape), n=math.prod(shape))
 
 
 def again(x: Tensor, placement: str) -> Tensor:
@@ -81,8 +82,11 @@ def exactly(new: fx.Graph, node: fx.Node, graph: fx.GraphModule, args: tuple[Any
     module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, ExactOp) and not all(quantizer.calibrated for quantizer in module.quantizers):
         return None
+    if isinstance(module, ExactMatmul):
+        sides = zip(args, node.args, module.quantizers, strict=True)
+        return new.call_function(module.aten, tuple(_next_to(new, x, of, quantizer, graph) for x, of, quantizer in sides))
     if isinstance(module, ExactLinear):
-        x = args[0] if _is_next_to(node.args[0], graph) else new.call_function(again, (args[0], module.quantizers[0].name))
+        x = _next_to(new, args[0], node.args[0], module.quantizers[0], graph)
         product = new.call_function(aten.matmul.default, (x, new.call_function(aten.t.default, (args[1],))))
         return product if len(args) < 3 or args[2] is None else new.call_function(aten.add.Tensor, (product, args[2]))
     if isinstance(module, ExactNorm):
@@ -98,13 +102,17 @@ def exactly(new: fx.Graph, node: fx.Node, graph: fx.GraphModule, args: tuple[Any
     return _with_table(new, look_up, args[0], before, _function_table(node, Grid.of(before.affine_params())), constants)
 
 
-def _is_next_to(x: Any, graph: fx.GraphModule) -> bool:
-    """The quantizer on whose grid ``x`` lies is right before it, or before ops that runtimes move a DequantizeLinear past."""
-    while quantizer_of(x, graph) is None:
-        if op_of(x, graph) not in RUNTIMES_SEE_THROUGH:
-            return False
-        x = x.args[0]
-    return True
+def _next_to(new: fx.Graph, x: fx.Node, of: Any, quantizer: FakeQuantizer, graph: fx.GraphModule) -> fx.Node:
+    """``x``, behind a quantizer again if ops stand between that runtimes don't move a DequantizeLinear past.
+
+    Args:
+        of: what ``x`` is a copy of.
+    """
+    while quantizer_of(of, graph) is None:
+        if op_of(of, graph) not in RUNTIMES_SEE_THROUGH:
+            return new.call_function(again, (x, quantizer.name))
+        of = of.args[0]
+    return x
 
 
 def _with_table(new: fx.Graph, marker: Any, x: fx.Node, quantizer: FakeQuantizer, table: Tensor, constants: dict[str, Any]) -> fx.Node:
@@ -198,7 +206,7 @@ class _Writer:
 
     def write_norm(self) -> None:
         x, weight, bias = (*self.marker.inputs, None, None)[:3]
-        n, eps = (torch.tensor(self.marker.attributes[name].value, dtype=torch.float64) for name in ("n", "eps"))
+        n, eps = (torch.tensor(float(self.marker.attributes[name].value), dtype=torch.float64) for name in ("n", "eps"))
         axes = self._constant("axes", torch.arange(-self.marker.attributes["axes"].as_int(), 0))
         mean = self._node("Cast", [self._mean(x, axes, self._constant("n", n), "mean")], 1, "mean", to=1)
         c = self._node("Sub", [x, mean], 1, "centred")
