@@ -27,6 +27,7 @@ class Training:
         hidden_dropout, attention_dropout: the model's dropouts in this run.
         clip: largest norm of the gradient of the weights (ranges are not clipped).
         mixed_precision: ``bf16`` autocast, or ``no``.
+        average: decay of a moving average of the weights (ranges apart), which the run ends with (``recipes.averages``); 0 is none.
     """
 
     lr: float
@@ -41,10 +42,11 @@ class Training:
     attention_dropout: float = 0.1
     clip: float = 1.0
     mixed_precision: Literal["bf16", "no"] = "bf16"
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "epochs", "batch", "accumulate", "clip", *(["whole_lr"] if self.whole_lr is not None else []))
-        _parts(self, "warmup_ratio", "hidden_dropout", "attention_dropout")
+        _parts(self, "warmup_ratio", "hidden_dropout", "attention_dropout", "average")
         if self.batch % self.accumulate:
             raise RecipeError(f"accumulate: {self.accumulate}; expected a divisor of batch, which is {self.batch}")
 
