@@ -73,8 +73,9 @@ class Intermediate(Training):
 class Distillation:
     """``(1 - weight) * loss + weight * temperature² * KL(teacher / temperature ‖ student / temperature)``.
 
-    The teacher is the FP32 model that the quantized one was made from; its logits are computed once, before training. For
-    regression the second term is the squared difference of the logits, for spans the mean over start and end.
+    The teacher of QAT is the FP32 model that the quantized one was made from, that of fine-tuning a :class:`Teacher`; its logits
+    are computed once, before training. For regression the second term is the squared difference of the logits, for spans the
+    mean over start and end.
     """
 
     weight: float = 0.5
@@ -83,6 +84,27 @@ class Distillation:
     def __post_init__(self) -> None:
         _parts(self, "weight")
         _positive(self, "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A larger model that is trained on the task first, and then teaches the recipe's own (``recipes.teacher``).
+
+    Attributes:
+        base_model: a Hub id or a folder; it is trained whole, and read with its own tokenizer.
+        finetune: how it is trained.
+        distillation: how much of its logits the recipe's model learns from.
+        edited_copies: copies of each training row, each with another small edit, that the teacher alone says the answer to.
+    """
+
+    base_model: str
+    finetune: Training
+    distillation: Distillation = field(default_factory=lambda: Distillation(weight=0.9))
+    edited_copies: int = 0
+
+    def __post_init__(self) -> None:
+        if self.edited_copies < 0:
+            raise RecipeError(f"edited_copies: {self.edited_copies}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +201,7 @@ class Recipe:
         seed: of heads, factors, order of rows, dropout and calibration rows.
         method: ``low_rank`` (``W + up @ down`` of ``rank``) or ``full``.
         intermediate: tasks trained before, in order.
+        teacher: what fine-tuning learns from beside the labels; ``None`` is nothing.
     """
 
     name: str
@@ -191,6 +214,7 @@ class Recipe:
     method: Literal["low_rank", "full"] = "low_rank"
     rank: int = 16
     intermediate: tuple[Intermediate, ...] = ()
+    teacher: Teacher | None = None
     finetune: Training
     quantization: Quantization = field(default_factory=Quantization)
     qat: Qat
