@@ -24,7 +24,7 @@ from recipes.tasks import RecipeError, Task
 def taught_rows(run: Run, settings: Teacher) -> Encoded:
     """The recipe's training rows and edited copies of them, with the logits of a teacher that was trained on the former.
 
-    A copy's label is what the teacher says: an edit may change the answer. The teacher's own figures are kept as ``teacher``.
+    A copy's label is what the teacher says: an edit may change the answer.
     """
     if run.task.kind != "classification":
         raise RecipeError(f"teacher: {run.task.name} is a {run.task.kind} task; expected one of classification")
@@ -34,7 +34,6 @@ def taught_rows(run: Run, settings: Teacher) -> Encoded:
     rows = run.encoded(run.task, run.train_rows, tokenizer=tokenizer)
     key = run.stage_key(key_of("", seed, base_weights_sha256(base_model_folder(settings.base_model))), "teacher", finetune, rows)
     run.stage("teacher", key, teacher, rows, finetune, tokenizer=tokenizer)
-    run.keep("teacher", run.evaluate(teacher, "evaluate teacher", tokenizer=tokenizer))
     copies = edited(run.train_rows, run.task, settings.edited_copies, seed)
     folder = run.stage_folder("taught", key_of(key, settings.edited_copies))
     logits = teach(run, teacher, rows + run.encoded(run.task, copies, tokenizer=tokenizer), finetune, folder, tokenizer)
