@@ -107,10 +107,11 @@ def make_card(folder: Path, sim: QuantSim, description: Mapping[str, Any]) -> Ca
     recipe: Recipe = description["recipe"]
     task: Task = description["task"]
     file = Path(description["recipe_file"]).resolve()
-    base = recipe.base_model if not Path(recipe.base_model).is_dir() else Path(recipe.base_model).name
+    base = named(recipe.base_model)
     found = base_model_folder(recipe.base_model)
     dataset = task.hub_id if not recipe.dataset or Path(recipe.dataset).is_dir() else recipe.dataset
-    hyper_parameters = asdict(replace(recipe, base_model=base, dataset=dataset))
+    teacher = recipe.teacher and replace(recipe.teacher, base_model=named(recipe.teacher.base_model))
+    hyper_parameters = asdict(replace(recipe, base_model=base, dataset=dataset, teacher=teacher))
     return Card(
         name=recipe.name,
         task=task.name,
@@ -139,6 +140,11 @@ def make_card(folder: Path, sim: QuantSim, description: Mapping[str, Any]) -> Ca
         files=file_records(folder),
         folder=folder,
     )
+
+
+def named(base: str) -> str:
+    """A base model as a card calls it: a Hub id, or the last part of a folder's path."""
+    return Path(base).name if Path(base).is_dir() else base
 
 
 def source_of(base: str) -> str:

@@ -9,19 +9,15 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from quantsim import QuantSim, State
 from quantsim.config import EstimatorName
-from quantsim.quantizers.processes import on_every_process
 from recipes.base_model import set_dropouts
-from recipes.losses import TEACHER, Loss, distilled_loss, label_loss, logits_of
-from recipes.recipe import Qat, Training
-from recipes.run import Encoded, Run, key_of
-from recipes.tasks import RecipeError
+from recipes.losses import TEACHER, Loss, distilled_loss, label_loss
+from recipes.recipe import Qat
+from recipes.run import Run, key_of
+from recipes.teacher import teach
 
 Calibrate = Callable[[QuantSim], None]
 
@@ -66,7 +62,7 @@ def train_quantized(run: Run, sim: QuantSim, teacher: PreTrainedModel, key: str)
     loss: Loss = label_loss
     if settings.distillation is not None:
         loss = distilled_loss(settings.distillation.weight, settings.distillation.temperature)
-        taught = teach(run, teacher, rows, settings, key)
+        taught = teach(run, teacher, rows, settings, run.stage_folder("qat", key))
         rows = [{**row, TEACHER: logits} for row, logits in zip(rows, taught.tolist(), strict=True)]
     for quantizer in sim.quantizers.values():
         quantizer.lsq_gradients = settings.range_gradient == "lsq"
@@ -90,35 +86,3 @@ def range_schedule(sim: QuantSim, settings: Qat, calibrate: Calibrate) -> Callab
             sim.freeze_ranges()
 
     return before_step
-
-
-@torch.no_grad()
-def teach(run: Run, teacher: PreTrainedModel, rows: Encoded, settings: Training, key: str) -> Tensor:
-    """The teacher's logits of every row, ``[rows, classes]`` or ``[rows, tokens, 2]``: once a stage, and kept beside it."""
-    path = run.stage_folder("qat", key) / f"{TEACHER}.safetensors"
-    processes = run.processes
-    if all(on_every_process(path.is_file, RecipeError)):
-        return load_file(path)[TEACHER]
-    teacher.to(run.args.device).eval()
-    collate = run.collator(padded=False)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    device = torch.device(run.args.device)
-
-    def share() -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
-        starts = range(0, len(order), settings.batch)[processes.process_index :: processes.num_processes]
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
-            for k in tqdm(starts, desc="teacher", disable=not processes.is_main_process):
-                part = order[k : k + settings.batch]
-                batch = {name: x.to(device) for name, x in collate([rows[i] for i in part]).items()}
-                found |= dict(zip(part, logits_of(teacher, batch).float().cpu(), strict=True))
-        return found
-
-    found = {i: logits for part in on_every_process(share, RecipeError) for i, logits in part.items()}
-    logits = torch.stack([found[i] for i in range(len(rows))])
-    if processes.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_suffix(".saving")
-        save_file({TEACHER: logits}, staging)
-        staging.replace(path)
-    return logits

@@ -27,6 +27,7 @@ class Training:
         hidden_dropout, attention_dropout: the model's dropouts in this run.
         clip: largest norm of the gradient of the weights (ranges are not clipped).
         mixed_precision: ``bf16`` autocast, or ``no``.
+        average: decay of a moving average of the weights (ranges apart), which the run ends with (``recipes.averages``); 0 is none.
     """
 
     lr: float
@@ -41,10 +42,11 @@ class Training:
     attention_dropout: float = 0.1
     clip: float = 1.0
     mixed_precision: Literal["bf16", "no"] = "bf16"
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "epochs", "batch", "accumulate", "clip", *(["whole_lr"] if self.whole_lr is not None else []))
-        _parts(self, "warmup_ratio", "hidden_dropout", "attention_dropout")
+        _parts(self, "warmup_ratio", "hidden_dropout", "attention_dropout", "average")
         if self.batch % self.accumulate:
             raise RecipeError(f"accumulate: {self.accumulate}; expected a divisor of batch, which is {self.batch}")
 
@@ -71,8 +73,9 @@ class Intermediate(Training):
 class Distillation:
     """``(1 - weight) * loss + weight * temperature² * KL(teacher / temperature ‖ student / temperature)``.
 
-    The teacher is the FP32 model that the quantized one was made from; its logits are computed once, before training. For
-    regression the second term is the squared difference of the logits, for spans the mean over start and end.
+    The teacher of QAT is the FP32 model that the quantized one was made from, that of fine-tuning a :class:`Teacher`; its logits
+    are computed once, before training. For regression the second term is the squared difference of the logits, for spans the
+    mean over start and end.
     """
 
     weight: float = 0.5
@@ -81,6 +84,27 @@ class Distillation:
     def __post_init__(self) -> None:
         _parts(self, "weight")
         _positive(self, "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A larger model that is trained on the task first, and then teaches the recipe's own (``recipes.teacher``).
+
+    Attributes:
+        base_model: a Hub id or a folder; it is trained whole, and read with its own tokenizer.
+        finetune: how it is trained.
+        distillation: how much of its logits the recipe's model learns from.
+        edited_copies: copies of each training row, each with another small edit, that the teacher alone says the answer to.
+    """
+
+    base_model: str
+    finetune: Training
+    distillation: Distillation = field(default_factory=lambda: Distillation(weight=0.9))
+    edited_copies: int = 0
+
+    def __post_init__(self) -> None:
+        if self.edited_copies < 0:
+            raise RecipeError(f"edited_copies: {self.edited_copies}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +201,7 @@ class Recipe:
         seed: of heads, factors, order of rows, dropout and calibration rows.
         method: ``low_rank`` (``W + up @ down`` of ``rank``) or ``full``.
         intermediate: tasks trained before, in order.
+        teacher: what fine-tuning learns from beside the labels; ``None`` is nothing.
     """
 
     name: str
@@ -189,6 +214,7 @@ class Recipe:
     method: Literal["low_rank", "full"] = "low_rank"
     rank: int = 16
     intermediate: tuple[Intermediate, ...] = ()
+    teacher: Teacher | None = None
     finetune: Training
     quantization: Quantization = field(default_factory=Quantization)
     qat: Qat

@@ -43,14 +43,16 @@ class Run:
     estimators: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def encoded(self, task: Task, rows: Dataset, padded: bool = False) -> Encoded:
-        """Rows as token ids, of their own lengths or all of the recipe's."""
-        found = encode(rows, task, self.tokenizer, self.recipe.max_length, padding="max_length" if padded else False)
+    def encoded(self, task: Task, rows: Dataset, padded: bool = False, tokenizer: PreTrainedTokenizerBase | None = None) -> Encoded:
+        """Rows as token ids, of their own lengths or all of the recipe's; by the base model's tokenizer or another."""
+        found = encode(rows, task, tokenizer or self.tokenizer, self.recipe.max_length, padding="max_length" if padded else False)
         return found.with_format(None).remove_columns([c for c in ("example_index", "offsets") if c in found.column_names]).to_list()  # type: ignore[no-any-return]
 
-    def collator(self, padded: bool) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
+    def collator(self, padded: bool, tokenizer: PreTrainedTokenizerBase | None = None) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
         """Pads to the longest of a batch, or to the recipe's length: with the clamped mask a quantized model sees the padding."""
-        collate = DataCollatorWithPadding(self.tokenizer, "max_length" if padded else True, self.recipe.max_length if padded else None)
+        collate = DataCollatorWithPadding(
+            tokenizer or self.tokenizer, "max_length" if padded else True, self.recipe.max_length if padded else None
+        )
         return lambda rows: collate([dict(row) for row in rows])
 
     def measure(self, what: str, model: nn.Module) -> dict[str, Any]:
@@ -64,9 +66,11 @@ class Run:
         self.say(f"{what}: " + ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items()))
         return self.metrics[what]
 
-    def evaluate(self, model: nn.Module, description: str = "", progress: bool = True) -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, description: str = "", progress: bool = True, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> Evaluation:
         """In float32, every row padded to the recipe's length."""
-        encoded = encode(self.eval_rows, self.task, self.tokenizer, self.recipe.max_length)
+        encoded = encode(self.eval_rows, self.task, tokenizer or self.tokenizer, self.recipe.max_length)
         args = self.args
         return evaluate(
             model,
@@ -100,6 +104,7 @@ class Run:
         loss: Loss = label_loss,
         task: Task | None = None,
         padded: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         trained_before: bool = False,
         **changes: Any,
     ) -> None:
@@ -120,13 +125,13 @@ class Run:
                 model=model,
                 task=task or self.task,
                 rows=rows,
-                collate=self.collator(padded),
+                collate=self.collator(padded, tokenizer),
                 loss=loss,
                 settings=settings,
                 folder=folder,
                 seed=self.recipe.seed,
                 by_length=not padded,
-                evaluate=lambda model: self.evaluate(model, progress=False).metrics,
+                evaluate=lambda model: self.evaluate(model, progress=False, tokenizer=tokenizer).metrics,
                 eval_steps=eval_steps,
                 save_steps=self.args.save_steps,
                 max_steps=self.args.max_steps,

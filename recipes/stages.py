@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from recipes.base_model import base_model_folder, base_weights_sha256, load_base, set_dropouts
 from recipes.data import load_rows
+from recipes.losses import distilled_loss
 from recipes.low_rank import add_low_rank
 from recipes.real_or_fake import real_or_fake
 from recipes.recipe import Intermediate, Recipe, Training
 from recipes.run import Encoded, Run, key_of
 from recipes.tasks import RecipeError, Task, find_task
+from recipes.teacher import taught_rows
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ def fine_tune(run: Run, rewrite: Rewrite | None = None, **changes: Any) -> tuple
     stages: list[tuple[str, Task, Training, Encoded, int]] = [
         (before.task, *intermediate_rows(run, before)) for before in recipe.intermediate
     ]
-    stages.append(("finetune", run.task, recipe.finetune, run.encoded(run.task, run.train_rows), run.task.num_labels))
+    rows = taught_rows(run, recipe.teacher) if recipe.teacher else run.encoded(run.task, run.train_rows)
+    stages.append(("finetune", run.task, recipe.finetune, rows, run.task.num_labels))
+    if recipe.teacher:
+        changes["loss"] = distilled_loss(recipe.teacher.distillation.weight, recipe.teacher.distillation.temperature)
     model = start(recipe, run.task, stages[0][4])
     trained: nn.Module = model
     for name, task, settings, rows, labels in stages:
@@ -56,6 +61,8 @@ def fine_tune(run: Run, rewrite: Rewrite | None = None, **changes: Any) -> tuple
         set_dropouts(model, settings.hidden_dropout, settings.attention_dropout)
         if last and rewrite:
             key = key_of(key, rewrite.settings)
+        if last and recipe.teacher:
+            key = key_of(key, asdict(recipe.teacher.distillation))
         key = run.stage_key(key, name, settings, rows)
         trained = rewrite.apply(model) if last and rewrite else model
         run.stage(name, key, trained, rows, settings, task=task, trained_before=run.args.stage == "qat", **changes if last else {})

@@ -27,6 +27,7 @@ from transformers import get_scheduler
 
 from quantsim.numerics.fused import fused_kernels
 from quantsim.quantizers.processes import on_every_process
+from recipes.averages import Averages
 from recipes.batches import Batches, shares
 from recipes.losses import Batch, Loss, answers_of
 from recipes.low_rank import LowRank
@@ -115,15 +116,22 @@ class _Run:
         self.optimizer, self.scheduler = self.accelerator.prepare(optimizer, scheduler)
         ranges = {id(p) for p in job.ranges}
         self.weights = [p for p in job.model.parameters() if p.requires_grad and id(p) not in ranges]
+        self.averages = Averages(self.weights, settings.average) if settings.average else None
+        if self.averages is not None:
+            self.accelerator.register_for_checkpointing(self.averages)
         self.step = self.saved = 0
 
     def to_the_end(self) -> None:
         self._resume()
         start_from_the_first(self.model)
+        if self.averages is not None:
+            start_from_the_first(self.averages)
         shown = self.accelerator.is_main_process
         with fused_kernels(self.job.fused), Progress(self.job.task, self.job.title, self.total, self.step, shown) as progress:
             while self.step < self.total:
                 self._epoch(progress)
+        if self.averages is not None:
+            self.averages.put()
         self.accelerator.free_memory()
         self.job.model.eval()
 
@@ -170,6 +178,8 @@ class _Run:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+        if self.averages is not None:
+            self.averages.update()
         return total
 
     # ---- checkpoints: a folder appears under its name when it is whole, then the one before goes ----

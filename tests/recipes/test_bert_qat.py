@@ -182,3 +182,20 @@ def test_folds_keep_a_premise_together() -> None:
     assert sorted(seen) == list(range(60))
     with pytest.raises(RecipeError, match="--fold 4: expected 0 to 3"):
         in_folds(found, task, 4, 4)
+
+
+def test_a_teacher_is_trained_once_and_its_copies_are_learned_from(files: Path, base: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((files / "rte.yaml").read_text())
+    recipe |= {"intermediate": [], "teacher": {"base_model": str(base), "edited_copies": 2, "finetune": RECIPE["finetune"]}}
+    (tmp_path / "rte.yaml").write_text(yaml.safe_dump(recipe))
+    flags = ["--recipe", str(tmp_path / "rte.yaml"), "--output_dir", str(tmp_path / "output"), "--offline"]
+    assert bert_qat.main(flags) == 0
+    stages = {path.name.split("-")[0]: path for path in (tmp_path / "output" / "stages").iterdir()}
+    assert set(stages) == {"teacher", "taught", "finetune", "qat"}
+    steps = {name: json.loads((stages[name] / "log.jsonl").read_text().splitlines()[-1])["step"] for name in ("teacher", "finetune")}
+    assert steps == {"teacher": 8, "finetune": 24}  # 30 rows, then 90, in batches of 8, twice
+    assert str(base) not in (tmp_path / "output" / "bundle" / "card.json").read_text()
+    written = (stages["taught"] / "teacher.safetensors").stat().st_mtime_ns
+    assert bert_qat.main([*flags, "--stage", "fp32", "--finetune.lr", "1e-3", "--teacher.distillation.weight", "0.5"]) == 0
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "output" / "stages").iterdir()) == sorted([*stages, "finetune"])
+    assert (stages["taught"] / "teacher.safetensors").stat().st_mtime_ns == written

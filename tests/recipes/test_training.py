@@ -126,6 +126,22 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path, step: int, save
     assert len(checkpoints(tmp_path / "killed")) == 1
 
 
+@pytest.mark.parametrize("kill", [7, 10, None], ids=["in an epoch", "at its end", "after the last step"])
+def test_a_killed_run_ends_with_the_same_average(tmp_path: Path, kill: int | None) -> None:
+    settings = Training(lr=5e-3, epochs=3, batch=8, average=0.9)
+    plain, whole, killed, resumed = (tiny() for _ in range(4))
+    train(job(plain, tmp_path / "plain", settings=Training(lr=5e-3, epochs=3, batch=8)))
+    train(job(whole, tmp_path / "whole", settings=settings))
+    assert not same(plain, whole)
+    if kill is None:
+        train(job(killed, tmp_path / "killed", settings=settings))
+    else:
+        with pytest.raises(Killed):
+            train(job(killed, tmp_path / "killed", settings=settings, save_steps=3, before_step=kill_at(kill)))
+    train(job(resumed, tmp_path / "killed", settings=settings, save_steps=3))
+    assert same(whole, resumed)
+
+
 def test_a_finished_run_is_taken_from_its_checkpoint(tmp_path: Path) -> None:
     first, second = tiny(), tiny()
     train(job(first, tmp_path))
