@@ -179,7 +179,8 @@ def others(folder: Path, rows: Sequence[Row]) -> list[Row]:
 def write(folder: Path, rows: Sequence[Row]) -> None:
     """The CSV, the table that the README shows, and the plot."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = sorted(rows, key=lambda row: (list(MODELS).index(str(row["model"])), row["tokens"], row["rows"]))
+    models, engines = list(MODELS), list(ENGINES)
+    rows = sorted(rows, key=lambda row: (models.index(row["model"]), row["tokens"], row["rows"], engines.index(row["engine"])))
     with (folder / "engines.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -190,16 +191,16 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """Times faster than eager FP32 torch, a line an engine, a column a shape."""
-    parts = [f"Times faster than eager FP32 torch; {machine()}.\n"]
+    parts = [f"Times faster than eager FP32 torch; {machine()}."]
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == name]
         shapes = list(dict.fromkeys((row["rows"], row["tokens"]) for row in mine))
         lines = []
-        for engine in dict.fromkeys(row["engine"] for row in mine):
+        for engine in sorted({row["engine"] for row in mine}, key=list(ENGINES).index):
             found = {(row["rows"], row["tokens"]): float(row["times_fp32"]) for row in mine if row["engine"] == engine}
             lines.append([engine, *(found.get(shape) for shape in shapes)])
         parts.append(tabulate(lines, [str(name), *(f"{a}×{b}" for a, b in shapes)], tablefmt="github", floatfmt=".2f"))
-    return "\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def machine() -> str:
