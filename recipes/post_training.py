@@ -223,8 +223,8 @@ INTRODUCTION = f"""# Post-training quantization, without training
 
 Written by `python recipes/post_training.py`: what each way of calibrating loses on the published FP32 checkpoints, preset `{PRESET}`,
 W8A8, {ROWS} training rows to calibrate with (seed {SEED}), measured on the whole validation split of each GLUE task. In lines of
-before 2026-11-29 linears summed integers, attention products and softmax floats; since then both are exact. The best of each column is bold.
-The lines are in `post_training.csv`, with the hash of each checkpoint, versions and dates.
+before 2026-11-29 linears summed integers, attention products and softmax floats; since then both are exact. The best of each column is
+bold. The lines are in `post_training.csv`, with the hash of each checkpoint, versions and dates.
 
 - **Ranges** alone: the estimator of activations; weights are min-max a row.
 - **Scaled down** (`--smooth 0.5`): outlier channels are divided by powers of two that are folded into the norm, the linears that are

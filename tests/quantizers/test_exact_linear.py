@@ -41,7 +41,7 @@ def written_out(layer: ExactLinear, x: Tensor, weight: Tensor, bias: Tensor) -> 
     of_x, of_weight = (quantizer.affine_params() for quantizer in layer.quantizers)
     r_x, r_w = (x / of_x.scale).round(), (weight / of_weight.scale[:, None]).round()
     total = (r_x.double() @ r_w.double().T).float()
-    return total * of_x.scale * of_weight.scale + bias
+    return total * (of_x.scale * of_weight.scale) + bias
 
 
 @torch.no_grad()
