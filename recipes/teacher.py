@@ -29,7 +29,10 @@ def taught_rows(run: Run, settings: Teacher) -> Encoded:
     if run.task.kind != "classification":
         raise RecipeError(f"teacher: {run.task.name} is a {run.task.kind} task; expected one of classification")
     finetune, seed = settings.finetune, run.recipe.seed
-    teacher, tokenizer = load_base(settings.base_model, run.task.num_labels, seed=seed)
+    try:
+        teacher, tokenizer = load_base(settings.base_model, run.task.num_labels, seed=seed)
+    except RecipeError as error:
+        raise RecipeError(f"teacher.{error}. To train without a teacher: --teacher null") from error
     set_dropouts(teacher, finetune.hidden_dropout, finetune.attention_dropout)
     rows = run.encoded(run.task, run.train_rows, tokenizer=tokenizer)
     key = run.stage_key(key_of("", seed, base_weights_sha256(base_model_folder(settings.base_model))), "teacher", finetune, rows)

@@ -73,8 +73,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     onnx.add_argument("--opset", type=count, metavar="N", help="18 or more (default 20, or 21 where a type needs it)")
     onnx.add_argument(
         "--single-operators",
-        action="store_const",
-        const=True,
+        action="store_true",
+        default=None,
         help="softmax, norms and GELU as one operator each, for compilers that look for those; ONNX Runtime's logits are then near the "
         "simulation's, not the same",
     )

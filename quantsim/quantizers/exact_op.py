@@ -13,8 +13,8 @@ from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 class ExactOp(nn.Module):
     """An op that sums values on the grids of quantizers: a product, a softmax, a norm.
 
-    In evaluation its sums run over integers or in float64, so they do not depend on the number of threads, the batch, the machine or the
-    library, and are to the bit those of the lowered model. In training, under autocast or ``torch.compile``, in other types than float32,
+    In evaluation its sums run over integers or in float64, so they do not depend on the number of threads, the batch or the library, and
+    are to the bit those of the lowered model. In training, under autocast or ``torch.compile``, in other types than float32,
     and while a quantizer is off it is the floating-point op.
 
     Args:

@@ -37,7 +37,7 @@ def on_grids(layer: ExactLinear, rows: int = 64) -> tuple[Tensor, Tensor, Tensor
 
 
 def written_out(layer: ExactLinear, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The docstring's equation: the sum over integers in float64, which holds it exactly, then three roundings."""
+    """The docstring's equation: the sum over integers in float64, which holds it exactly, then four roundings."""
     of_x, of_weight = (quantizer.affine_params() for quantizer in layer.quantizers)
     r_x, r_w = (x / of_x.scale).round(), (weight / of_weight.scale[:, None]).round()
     total = (r_x.double() @ r_w.double().T).float()

@@ -39,7 +39,7 @@ LOOK_UP, SOFTMAX, NORM, AGAIN = "LookUp", "Softmax", "Norm", "Again"
 RUNTIMES_SEE_THROUGH = frozenset(
     "clone contiguous dropout permute reshape squeeze t transpose unsafe_view unsqueeze view _unsafe_view".split()
 )
-DOUBLE = 11  # onnx.TensorProto.DOUBLE
+FLOAT, INT32, INT64, DOUBLE = 1, 6, 7, 11  # onnx.TensorProto
 
 aten = torch.ops.aten
 
@@ -193,29 +193,31 @@ class _Writer:
         self._finish(self._entries(table, index))
 
     def write_again(self) -> None:
-        self._finish(self._node("DequantizeLinear", [self._quantized(), *self._grid()], 1, "dequantized"))
+        self._finish(self._node("DequantizeLinear", [self._quantized(), *self._grid()], FLOAT, "dequantized"))
 
     def write_softmax(self) -> None:
         q, last = self._int32(), self._constant("last_axis", torch.tensor([-1]))
-        largest = self._node("ReduceMax", [q, last], 6, "largest")
-        below = self._node("Sub", [largest, q], 6, "below")
+        largest = self._node("ReduceMax", [q, last], INT32, "largest")
+        below = self._node("Sub", [largest, q], INT32, "below")
         e = self._entries(self._table(), below)
         wide = self._node("Cast", [e], DOUBLE, "exp_float64", to=DOUBLE)
-        total = self._node("Cast", [self._node("ReduceSum", [wide, last], DOUBLE, "sum_float64")], 1, "sum", to=1)
-        self._finish(self._node("Div", [e, total], 1, "softmax"))
+        total = self._node("Cast", [self._node("ReduceSum", [wide, last], DOUBLE, "sum_float64")], FLOAT, "sum", to=FLOAT)
+        self._finish(self._node("Div", [e, total], FLOAT, "softmax"))
 
     def write_norm(self) -> None:
         x, weight, bias = (*self.marker.inputs, None, None)[:3]
         n, eps = (torch.tensor(float(self.marker.attributes[name].value), dtype=torch.float64) for name in ("n", "eps"))
         axes = self._constant("axes", torch.arange(-self.marker.attributes["axes"].as_int(), 0))
-        mean = self._node("Cast", [self._mean(x, axes, self._constant("n", n), "mean")], 1, "mean", to=1)
-        c = self._node("Sub", [x, mean], 1, "centred")
-        variance = self._mean(self._node("Mul", [c, c], 1, "squared"), axes, self.graph.initializers[f"{self.marker.name}.n"], "variance")
+        mean = self._node("Cast", [self._mean(x, axes, self._constant("n", n), "mean")], FLOAT, "mean", to=FLOAT)
+        c = self._node("Sub", [x, mean], FLOAT, "centred")
+        variance = self._mean(
+            self._node("Mul", [c, c], FLOAT, "squared"), axes, self.graph.initializers[f"{self.marker.name}.n"], "variance"
+        )
         above = self._node("Add", [variance, self._constant("eps", eps)], DOUBLE, "variance_eps")
-        deviation = self._node("Cast", [self._node("Sqrt", [above], DOUBLE, "sqrt")], 1, "deviation", to=1)
-        y = self._node("Div", [c, deviation], 1, "normed")
-        y = y if weight is None else self._node("Mul", [y, weight], 1, "weighted")
-        self._finish(y if bias is None else self._node("Add", [y, bias], 1, "norm"))
+        deviation = self._node("Cast", [self._node("Sqrt", [above], DOUBLE, "sqrt")], FLOAT, "deviation", to=FLOAT)
+        y = self._node("Div", [c, deviation], FLOAT, "normed")
+        y = y if weight is None else self._node("Mul", [y, weight], FLOAT, "weighted")
+        self._finish(y if bias is None else self._node("Add", [y, bias], FLOAT, "norm"))
 
     def _mean(self, x: ir.Value | None, axes: ir.Value, n: ir.Value, what: str) -> ir.Value:
         wide = self._node("Cast", [x], DOUBLE, f"{what}_of", to=DOUBLE)
@@ -223,9 +225,9 @@ class _Writer:
 
     def _entries(self, table: Tensor, index: ir.Value) -> ir.Value:
         """``table[index]``. Of one axis, and by GatherElements: ONNX Runtime's Gather copies entry by entry, 18 times slower."""
-        flat = self._node("Reshape", [index, self._constant("flat", torch.tensor([-1]))], 6, "indices")
-        entries = self._node("GatherElements", [self._constant("table", table), flat], 1, "entries")
-        return self._node("Reshape", [entries, self._node("Shape", [index], 7, "shape")], 1, "looked_up")
+        flat = self._node("Reshape", [index, self._constant("flat", torch.tensor([-1]))], INT32, "indices")
+        entries = self._node("GatherElements", [self._constant("table", table), flat], FLOAT, "entries")
+        return self._node("Reshape", [entries, self._node("Shape", [index], INT64, "shape")], FLOAT, "looked_up")
 
     def _finish(self, value: ir.Value) -> None:
         value.shape = self.marker.outputs[0].shape
@@ -242,8 +244,8 @@ class _Writer:
         x = source(self.marker)
         before = x.producer()
         if before is not None and before.op_type == "DequantizeLinear":
-            return self._node("Cast", [before.inputs[0]], 6, "int32", to=6)
-        return self._node("Cast", [self._quantized()], 6, "int32", to=6)
+            return self._node("Cast", [before.inputs[0]], INT32, "int32", to=INT32)
+        return self._node("Cast", [self._quantized()], INT32, "int32", to=INT32)
 
     def _quantized(self) -> ir.Value:
         dtype = self._grid()[1].dtype
