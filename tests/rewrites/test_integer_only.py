@@ -252,8 +252,14 @@ def test_a_missing_scale():
         sim.integer_only()
 
 
-def test_a_preset_that_leaves_attention_in_floating_point():
+def test_a_preset_that_quantizes_what_products_read_alone():
     sim = QuantSim(model_of("Bert"), "deploy")
+    sim.compute_encodings([batch_of(seed=1)])
+    assert find_floats(sim.integer_only().graph, batch_of()) == []
+
+
+def test_a_config_that_leaves_attention_in_floating_point():
+    sim = QuantSim(model_of("Bert"), replace(QuantConfig.preset("deploy"), activations_before=("linear",)))
     sim.compute_encodings([batch_of(seed=1)])
     with pytest.raises(IntegerError, match=r"has no scale of 8 bits.*preset 'ibert'"):
         sim.integer_only()
