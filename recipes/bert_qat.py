@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from tabulate import tabulate
 from transformers.utils import logging as transformers_logging
@@ -25,6 +26,7 @@ from model_zoo.publish import write_bundle, write_results
 from quantsim import CalibrationError, CheckpointError, ConfigError, TraceError
 from recipes.base_model import base_state, load_tokenizer
 from recipes.data import DataError, load_rows, load_sample, rows_sha256
+from recipes.devices import multiplies_bf16
 from recipes.hub import go_offline, hub_reachable
 from recipes.low_rank import low_rank_delta, merged
 from recipes.quantized_stages import compare_estimators, quantize, train_quantized
@@ -74,15 +76,19 @@ def follow(run: Run) -> Card | None:
 # ---- data ----
 
 
-def prepare(recipe: Recipe, args: argparse.Namespace, *, sample: bool = False, tokenizer: str | None = None) -> Run:
+def prepare(recipe: Recipe, args: argparse.Namespace, *, sample: bool = False, tokenizer: str | None = None, trains: bool = True) -> Run:
     """Find the rows; fold ``--fold`` of the training rows takes the place of the validation rows where it is given.
 
     Args:
         sample: where no dataset is named and none is at hand, train on a part of the project's own sample and measure on another.
         tokenizer: the folder or Hub id of another than the base model's.
+        trains: where the device has no kernels for bf16, train in float32 instead, and say so.
     """
     if args.offline:
         go_offline()
+    if trains and recipe != recipe.in_float32() and not multiplies_bf16(args.device):
+        recipe = recipe.in_float32()
+        PartialState(cpu=args.device == "cpu").print("mixed_precision: this CPU has no bf16 kernels; training in float32", file=sys.stderr)
     task = find_task(recipe.task)
     train_rows, eval_rows, split = _rows(recipe, args, task, sample)
     if args.max_train_rows is not None:

@@ -59,7 +59,7 @@ def measure_again(name: str, args: argparse.Namespace) -> Card:
     task = find_task(found.task)
     artifact = resolve(found.name, None if args.checkpoint is None else str(args.checkpoint), task)
     recipe = build(Recipe, {**found.hyper_parameters, "intermediate": []})  # nothing is trained
-    run = prepare(replace(recipe, dataset=args.dataset or recipe.dataset), args, tokenizer=artifact.tokenizer_source)
+    run = prepare(replace(recipe, dataset=args.dataset or recipe.dataset), args, tokenizer=artifact.tokenizer_source, trains=False)
     run.say(found.name)
     teacher = artifact.load_float()
     run.measure("fp32", teacher)

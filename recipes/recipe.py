@@ -26,7 +26,7 @@ class Training:
         weight_decay: on matrices alone; norms, biases and ranges have none.
         hidden_dropout, attention_dropout: the model's dropouts in this run.
         clip: largest norm of the gradient of the weights (ranges are not clipped).
-        mixed_precision: ``bf16`` autocast, or ``no``.
+        mixed_precision: ``bf16`` autocast where the device has kernels for it (:meth:`Recipe.in_float32` where not), or ``no``.
         average: decay of a moving average of the weights (ranges apart), which the run ends with (``recipes.averages``); 0 is none.
     """
 
@@ -221,6 +221,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _positive(self, "max_length", "rank")
+
+    def in_float32(self) -> Recipe:
+        """This recipe with ``mixed_precision: no`` in every stage."""
+        return replace(
+            self,
+            intermediate=tuple(replace(before, mixed_precision="no") for before in self.intermediate),
+            teacher=self.teacher and replace(self.teacher, finetune=replace(self.teacher.finetune, mixed_precision="no")),
+            finetune=replace(self.finetune, mixed_precision="no"),
+            qat=replace(self.qat, mixed_precision="no"),
+        )
 
 
 def _positive(value: Any, *names: str) -> None:

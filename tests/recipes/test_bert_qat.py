@@ -199,3 +199,14 @@ def test_a_teacher_is_trained_once_and_its_copies_are_learned_from(files: Path, 
     assert bert_qat.main([*flags, "--stage", "fp32", "--finetune.lr", "1e-3", "--teacher.distillation.weight", "0.5"]) == 0
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "output" / "stages").iterdir()) == sorted([*stages, "finetune"])
     assert (stages["taught"] / "teacher.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(("kernels", "precision"), [(True, "bf16"), (False, "no")])
+def test_a_cpu_without_bf16_kernels_trains_in_float32_and_says_so(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kernels: bool, precision: str
+) -> None:
+    monkeypatch.setattr(bert_qat, "multiplies_bf16", lambda device: kernels)
+    assert program(files, tmp_path, "--stage", "fp32", "--max_steps", "1") == 0
+    written = json.loads((tmp_path / "results.json").read_text())["recipe"]
+    assert [written["finetune"]["mixed_precision"], written["intermediate"][0]["mixed_precision"]] == [precision] * 2
+    assert ("no bf16 kernels; training in float32" in capsys.readouterr().err) == (precision == "no")

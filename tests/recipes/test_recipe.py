@@ -157,3 +157,10 @@ def test_bits_and_estimators_reach_the_config(file: Path) -> None:
 def test_delay_and_freezing_leave_steps_to_learn_in(file: Path) -> None:
     with pytest.raises(RecipeError, match=r"qat\.delay: 0\.7 and freeze_ranges_last: 0\.4 leave no step"):
         read_recipe(file, {"qat.delay": "0.7", "qat.freeze_ranges_last": "0.4"})
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_in_float32_has_no_stage_in_bf16(path: Path) -> None:
+    recipe = read_recipe(path).in_float32()
+    assert "bf16" not in repr(recipe)
+    assert recipe == recipe.in_float32()
