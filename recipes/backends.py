@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantsim import QuantSim
+from quantsim.formats.onnx.runtime import open_session
 from recipes.tasks import RecipeError
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
@@ -35,10 +36,8 @@ def on_int8_compiled(sim: QuantSim) -> nn.Module:
 
 def on_onnxruntime(sim: QuantSim) -> nn.Module:
     """The QDQ file in ONNX Runtime, with as many threads as torch has; with preset ``aimet``, logits to the bit those of the simulation."""
-    ort = _engine("onnxruntime", "onnx")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = _exported(sim, lambda path: ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+    _engine("onnxruntime", "onnx")
+    session = _exported(sim, lambda path: open_session(path, threads=torch.get_num_threads()))
     taken, given = [x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()]
 
     def run(inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from transformers import BertForSequenceClassification
 
+from quantsim.formats.onnx.runtime import open_session
+
 Array = np.ndarray
 Batch = Mapping[str, torch.Tensor]
 Run = Callable[[Batch], Any]
@@ -136,11 +138,7 @@ def _float_openvino(folder: Path) -> Any:
 
 
 def _onnxruntime(model: Path | bytes) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = open_session(model, threads=torch.get_num_threads())  # ours and theirs with products that are exact on every CPU
     names = [x.name for x in session.get_inputs()]
     first = [session.get_outputs()[0].name]
     return lambda batch: session.run(first, {name: x for name, x in _numpy(batch).items() if name in names})[0]

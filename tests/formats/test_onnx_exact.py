@@ -8,10 +8,11 @@ import pytest
 import torch
 
 onnx = pytest.importorskip("onnx", reason="onnx isn't installed: pip install 'quantsim[onnx]'")
-ort = pytest.importorskip("onnxruntime", reason="onnxruntime isn't installed: pip install 'quantsim[onnx]'")
+pytest.importorskip("onnxruntime", reason="onnxruntime isn't installed: pip install 'quantsim[onnx]'")
 pytest.importorskip("onnxscript", reason="onnxscript isn't installed: pip install 'quantsim[onnx]'")
 
 from quantsim import QuantConfig, QuantSim, QuantSpec  # noqa: E402
+from quantsim.formats.onnx.runtime import open_session  # noqa: E402
 from tests.formats.test_onnx import ops, other_shapes  # noqa: E402
 from tests.tiny import HEADS, tensors_of, tiny_sim  # noqa: E402
 
@@ -20,7 +21,7 @@ SIX_BITS = QuantConfig(weights=QuantSpec(8, symmetric=True, axis=0), activations
 
 
 def assert_same_bits(sim: QuantSim, path: Path, head: str) -> None:
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path, config={})
     for batch in other_shapes(head):
         arrays = session.run(None, {x.name: batch[x.name].numpy() for x in session.get_inputs()})
         with torch.no_grad():

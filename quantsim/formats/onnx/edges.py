@@ -54,21 +54,25 @@ class StoredEdge(NamedTuple):
         return self.params.quant_max - self.params.quant_min == (1 << bits) - 1
 
 
-def for_opset(edges: Mapping[str, StoredEdge], opset: int) -> dict[str, StoredEdge]:
-    """From opset 21 on, activations of an INT8 grid are shifted to UINT8: the same values, every integer 128 higher.
+def stored_unsigned(edges: Mapping[str, StoredEdge], opset: int, exact: bool) -> dict[str, StoredEdge]:
+    """Edges of an INT8 grid shifted to UINT8 where that computes more surely: the same values, every integer higher by as much
+    (weights by 128).
 
-    ONNX Runtime 1.32 refuses INT8 ones there: its QDQ propagation gives a node an ``output_dtype`` that its own type check
-    denies (onnxruntime issue 25526).
+    Activations from opset 21 on: ONNX Runtime 1.32 refuses INT8 ones there, for its QDQ propagation gives a node an
+    ``output_dtype`` that its own type check denies (onnxruntime issue 25526). In an exact file all of them, weights too: on an
+    x86 CPU without VNNI ONNX Runtime adds pairs of ``uint8 × int8`` products in 16 bits, which saturate in silence, and
+    ``uint8 × uint8`` ones in 32.
     """
-    shifted = {name: edge for name, edge in edges.items() if not edge.is_weight and edge.params and edge.type == "INT8"}
-    if opset < SMALL_TYPES_OPSET:
-        return dict(edges)
-    return {**edges, **{name: StoredEdge(_unsigned(edge.params), False) for name, edge in shifted.items() if edge.params}}
+    return {
+        name: StoredEdge(_higher(edge.params, 128 if edge.is_weight else -edge.params.quant_min), edge.is_weight)
+        if edge.params and edge.type == "INT8" and (exact or (opset >= SMALL_TYPES_OPSET and not edge.is_weight))
+        else edge
+        for name, edge in edges.items()
+    }
 
 
-def _unsigned(params: AffineParams) -> AffineParams:
-    up = -params.quant_min
-    return replace(params, zero_point=params.zero_point + up, quant_min=0, quant_max=params.quant_max + up)
+def _higher(params: AffineParams, by: int) -> AffineParams:
+    return replace(params, zero_point=params.zero_point + by, quant_min=params.quant_min + by, quant_max=params.quant_max + by)
 
 
 def integers_of(x: Tensor, params: AffineParams) -> Tensor:

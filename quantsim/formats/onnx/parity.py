@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,17 +13,12 @@ from torch import Tensor, fx, nn
 
 from quantsim.formats.onnx.capture import leaves
 from quantsim.formats.onnx.extra import OnnxError, need
+from quantsim.formats.onnx.runtime import SAFE_CONFIG, open_session, saturates
 from quantsim.formats.onnx.write import read_metadata
 from quantsim.numerics.affine import quantize
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 
 SIMULATED = ".simulated"
-NO_CONFIG: Mapping[str, str] = MappingProxyType({})
-
-SAFE_CONFIG = {"session.qdq_matmulnbits_accuracy_level": "1"}
-"""ONNX Runtime makes a linear with integer weights and a wider input a MatMulNBits, which by default quantizes that input to 8
-bits on its own (level 4); level 1 computes in float32."""
-
 Batch = Mapping[str, Tensor]
 
 
@@ -83,9 +77,11 @@ class OnnxParity:
         edges: each edge computed from the simulation's integers of the edges before it.
         outputs: the file as it is, from the model's inputs on.
         optimized: ONNX Runtime's graph optimizations were on.
+        saturates: its int8 products saturate on this CPU, under the session options that were given.
     """
 
     optimized: bool
+    saturates: bool = False
     edges: list[OnnxEdge] = field(default_factory=list)
     outputs: list[OnnxOutput] = field(default_factory=list)
 
@@ -99,8 +95,10 @@ class OnnxParity:
         outputs = [(x.name, x.rows, x.differing, f"{x.largest_difference:.2e}") for x in self.outputs]
         off, more, values = (sum(getattr(e, name) for e in self.edges) for name in ("off_by_one", "off_by_more", "values"))
         runtime = f"ONNX Runtime, optimizations {'on' if self.optimized else 'off'}"
+        warning = "this CPU's int8 products saturate in ONNX Runtime; give its session options quantsim.formats.onnx.runtime.SAFE_CONFIG"
         return "\n\n".join(
             [
+                *([warning] if self.saturates else []),
                 tabulate(edges, headers=("edge", "values", "off by one", "off by more", "largest difference")),
                 f"{runtime}: {len(edges)} edges, {values:,} values, {off} off by one step, {more} off by more",
                 tabulate(outputs, headers=("output", "rows", "other argmax", "largest difference")),
@@ -115,7 +113,7 @@ def compare_onnx(
     batches: Iterable[Batch],
     *,
     optimize: bool = True,
-    session_config: Mapping[str, str] = NO_CONFIG,
+    session_config: Mapping[str, str] = SAFE_CONFIG,
 ) -> OnnxParity:
     """Run a file of ``QuantSim.export_onnx`` and the simulation's graph on the same batches.
 
@@ -129,8 +127,8 @@ def compare_onnx(
         batches: by keyword, with every input that the file has.
         optimize: with the graph optimizations of ONNX Runtime, which put integer kernels in place of QDQ: what is deployed.
             Without, every operator runs as it is written: the numerics of the file.
-        session_config: entries of ONNX Runtime's ``SessionOptions.add_session_config_entry``. ``SAFE_CONFIG`` keeps linears that
-            read 16 bits, or floating point, from computing on 8.
+        session_config: entries of ONNX Runtime's ``SessionOptions.add_session_config_entry``; by default those that keep products
+            of integers exact on every CPU (``runtime.SAFE_CONFIG``). Give ``{}`` for what a session without them would compute.
 
     Raises:
         OnnxError: the file isn't one of ours, has no QuantizeLinear, or has other edges or outputs than the simulation.
@@ -139,7 +137,7 @@ def compare_onnx(
     need("onnx", "onnxruntime")
     placements = {tensor: name for name, tensor in read_metadata(path)["edges"].items()}
     forced, types = _forced(path, set(placements))
-    walked, free = (_session(model, optimize, session_config) for model in (forced, str(path)))
+    walked, free = (open_session(model, optimize=optimize, config=session_config) for model in (forced, str(path)))
     edges = {tensor: OnnxEdge(placements[tensor]) for tensor in types}
     outputs = {x.name: OnnxOutput(x.name) for x in free.get_outputs()}
     for batch in batches:
@@ -153,7 +151,7 @@ def compare_onnx(
             edges[tensor].compare(x, integers[tensor])
         for name, x in _run(free, inputs, list(outputs)).items():
             outputs[name].compare(x, _of(expected, name, path))
-    return OnnxParity(optimize, list(edges.values()), list(outputs.values()))
+    return OnnxParity(optimize, saturates(session_config), list(edges.values()), list(outputs.values()))
 
 
 class _Walk(fx.Interpreter):
@@ -200,17 +198,6 @@ def _forced(path: str | Path, edges: set[str]) -> tuple[bytes, dict[str, Any]]:
             if name in types:
                 node.input[i] = f"{name}{SIMULATED}"
     return model.SerializeToString(), types
-
-
-def _session(model: str | bytes, optimize: bool, config: Mapping[str, str]) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    for key, value in config.items():
-        options.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _inputs(session: Any, batch: Batch, path: str | Path) -> dict[str, Any]:

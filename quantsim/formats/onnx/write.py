@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from quantsim.config import QuantConfig
 from quantsim.formats.onnx.capture import marked_graph, to_ir
-from quantsim.formats.onnx.edges import Bias, check_opset, for_opset, int32_biases, stored_edges
+from quantsim.formats.onnx.edges import Bias, check_opset, int32_biases, stored_edges, stored_unsigned
 from quantsim.formats.onnx.exact import insert_exact
 from quantsim.formats.onnx.extra import NEEDED_TO_EXPORT, OnnxError, need
 from quantsim.formats.onnx.qdq import insert_qdq, name_edges, sweep
@@ -52,7 +52,7 @@ def export_onnx(
     opset = check_opset(opset, edges)
     with torch.no_grad():
         model = to_ir(*marked_graph(graph, weights, nodes, exact and quantize), opset)
-        stored = for_opset(edges, opset) | biases
+        stored = stored_unsigned(edges, opset, exact) | biases
         tensors = insert_qdq(model, stored) if quantize else name_edges(model)
         if exact and quantize:
             insert_exact(model, stored)
