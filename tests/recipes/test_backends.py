@@ -12,6 +12,7 @@ import torch
 
 from model_zoo.cards import Card
 from quantsim import QuantSim
+from quantsim.kernels.cpu import missing_for_int8
 from quantsim.kernels.int8_linear import Int8Linear
 from recipes import parity
 from recipes.backends import BACKENDS
@@ -39,6 +40,10 @@ def test_every_backend_gives_the_logits_of_the_simulation(name: str) -> None:
     sim = tiny_sim(config="deploy")
     batch = tiny_batch(3, 11, seed=4)
     expected = sim.model(**batch).logits
+    if name == "openvino" and missing_for_int8():
+        with pytest.warns(UserWarning, match="openvino: figures will be of wrong products: this CPU's int8 kernels saturate"):
+            BACKENDS[name](sim)
+        return
     found = BACKENDS[name](sim)(**batch)["logits"]
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * expected.abs().max().item())
 

@@ -95,7 +95,7 @@ def test_a_transposed_weight_is_seen():
     sim = tiny_sim()
     lowered = sim.lower()
     planted = product(lowered)
-    turned = Int8Linear(planted.integers().T.contiguous(), planted.weight_scale, planted.bias, planted.grid)
+    turned = Int8Linear(planted.integers().T.contiguous(), planted.weight_scale, planted.bias, planted.grid, planted.packs)
     planted.weight = turned.weight
     parity = compare(sim, lowered)
     assert worst(parity) == ["bert.encoder.layer.0.attention.output.dense.output"]

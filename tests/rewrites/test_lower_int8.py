@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from quantsim import LoweringError, QuantConfig, QuantSim, Rule, compare_lowered, lower_int8
 from quantsim.graph.roles import op_of
+from quantsim.kernels.cpu import missing_for_int8
 from quantsim.kernels.edges import from_integers, look_up, on_grid, to_integers
 from quantsim.kernels.int8_attention import missing_for_attention
 from quantsim.kernels.int8_linear import Int8Linear
@@ -22,9 +23,11 @@ from quantsim.rewrites.lower_int8 import attention_int8
 from tests.tiny import HEADS, VOCAB, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_config, tiny_sim
 
 PRESETS = QuantConfig.presets()
+SATURATES = missing_for_int8()
+WAYS = [pytest.param(True, id="kernel", marks=pytest.mark.skipif(bool(SATURATES), reason=SATURATES)), pytest.param(False, id="float32")]
 
 
-def lowered(sim: QuantSim, packs: bool = True) -> fx.GraphModule:
+def lowered(sim: QuantSim, packs: bool = not SATURATES) -> fx.GraphModule:
     return lower_int8(sim.graph, sim.placements, packs)
 
 
@@ -51,7 +54,7 @@ def same_as_simulated(sim: QuantSim, graph: fx.GraphModule, head: str = "BertFor
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("packs", [True, False], ids=["kernel", "float32"])
+@pytest.mark.parametrize("packs", WAYS)
 def test_every_preset_computes_what_its_simulation_does(preset, packs):
     sim = tiny_sim(config=preset)
     same_as_simulated(sim, lowered(sim, packs))
@@ -71,7 +74,7 @@ def test_aimet_has_no_linear_and_no_gelu_in_float():
     assert found["FakeQuantizer"] == found["WeightQuantizer"] == found["Dropout"] == 0
 
 
-@pytest.mark.skipif(bool(missing_for_attention()), reason=missing_for_attention())
+@pytest.mark.skipif(bool(SATURATES or missing_for_attention()), reason=SATURATES or missing_for_attention())
 @pytest.mark.parametrize("preset", ["aimet", "bondarenko"])
 def test_attention_of_8_bits_is_one_kernel(preset):
     """Its heads are 16 wide, as the kernel asks; those of the other tests are not, and keep their ops."""
@@ -249,7 +252,7 @@ def test_a_model_that_is_not_in_float32_is_refused():
 
 
 @pytest.mark.parametrize("preset", ["aimet", "deploy"])
-@pytest.mark.parametrize("packs", [True, False], ids=["kernel", "float32"])
+@pytest.mark.parametrize("packs", WAYS)
 def test_layers_that_are_called_again_have_a_product_a_call_and_one_weight(preset, packs):
     torch.manual_seed(0)
     model = AlbertForSequenceClassification(AlbertConfig(**tiny_config(num_hidden_layers=3).to_dict(), embedding_size=8))
