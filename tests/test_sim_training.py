@@ -19,7 +19,8 @@ def test_loss_backward_reaches_every_range_and_every_weight() -> None:
         assert q.min.grad is not None, name
         assert q.max.grad is not None, name
         assert q.min.grad.isfinite().all() and q.max.grad.isfinite().all(), name  # noqa: PT018
-        assert q.min.grad.abs().max() + q.max.grad.abs().max() > 0, name
+        if not name.endswith(".mul"):  # a multiple of a grid lies on its own grid: no rounding error, no gradient but of float noise
+            assert q.min.grad.abs().max() + q.max.grad.abs().max() > 0, name
     assert all(p.grad is not None for p in sim.model.parameters())
 
 
