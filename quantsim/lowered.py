@@ -81,6 +81,19 @@ class IntegerModel(LoweredModel):
     ``print(model)`` is a table: every op that computes, and which of them take 64 bits.
     """
 
+    def export_onnx(self, path: str | Path) -> None:
+        """Write the integer graph as ONNX (opset 20): integer operators from the look-ups to the last rescale, any batch and length.
+
+        ONNX Runtime gives the outputs of this model to the bit, on any CPU.
+
+        Raises:
+            OnnxError: ``path`` is a folder, or an op has no translation (``force_dequant`` leaves some in floating point that have).
+            ImportError: ``pip install 'quantsim[onnx]'`` is missing.
+        """
+        from quantsim.formats.onnx.integer import export_integers
+
+        export_integers(path, self.graph, self.config)
+
     def __repr__(self) -> str:
         return f"IntegerModel({type(self.model).__name__}, {self.config.name}: {self.bytes / 1e6:.1f} MB)"
 

@@ -6,10 +6,11 @@ removes or moves; ``quantsim.formats.onnx.qdq`` puts what the file shall hold in
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +119,17 @@ def leaves(output: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # ---- torch.onnx ----
 
 
-def to_ir(marked: fx.GraphModule, outputs: Sequence[str], opset: int) -> ir.Model:
+def to_ir(
+    marked: fx.GraphModule,
+    outputs: Sequence[str],
+    opset: int,
+    translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
+) -> ir.Model:
     """Translate, with the dynamic axes of the trace by their usual names.
+
+    Args:
+        translations: op of torch → the function of ``onnxscript`` values that writes it, in place of torch.onnx's own. The graph is then
+            left as it is translated: to simplify the thousands of small operators of an integer graph takes a second for every twenty.
 
     Raises:
         OnnxError: torch.onnx has no translation for what is in the graph.
@@ -130,7 +140,14 @@ def to_ir(marked: fx.GraphModule, outputs: Sequence[str], opset: int) -> ir.Mode
         with _quiet():
             exported = torch.export.export(marked, (), kwargs=batch, dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(
-                exported, input_names=list(batch), output_names=list(outputs), opset_version=opset, dynamo=True, verbose=False
+                exported,
+                input_names=list(batch),
+                output_names=list(outputs),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+                custom_translation_table=dict(translations or {}),
+                optimize=translations is None,
             )
     except Exception as error:
         raise OnnxError(f"torch.onnx cannot translate this graph at opset {opset}: {error}") from error
@@ -144,7 +161,7 @@ def to_ir(marked: fx.GraphModule, outputs: Sequence[str], opset: int) -> ir.Mode
 
 def _example(marked: fx.GraphModule) -> dict[str, Tensor]:
     """Zeros in the shapes that the graph was traced with: export looks at shapes and types alone."""
-    device = next(iter(marked.parameters())).device
+    device = next(itertools.chain(marked.parameters(), marked.buffers())).device
     batch = {}
     for node in marked.graph.find_nodes(op="placeholder"):
         like = node.meta["val"]

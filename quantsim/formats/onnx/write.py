@@ -58,12 +58,17 @@ def export_onnx(
             insert_exact(model, stored)
         sweep(model)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
-    model.producer_name, model.producer_version = METADATA, _versions()["quantsim"]
+    produced(model)
     model.metadata_props[METADATA] = json.dumps(
         {"quantized": quantize, "bias": bias, "exact": exact, "config": config.to_dict(), "edges": tensors, "versions": _versions()}
     )
-    _write(path, model)
+    save(path, model)
     return tensors
+
+
+def produced(model: ir.Model) -> None:
+    """Say who wrote the model."""
+    model.producer_name, model.producer_version = METADATA, _versions()["quantsim"]
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -97,7 +102,7 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("quantsim", "torch", "transformers", *NEEDED_TO_EXPORT)}
 
 
-def _write(path: Path, model: ir.Model) -> None:
+def save(path: Path, model: ir.Model) -> None:
     """Check and write the model; ``path`` appears when it is complete. Tensors of 2 GiB and more go to ``<path>.data``."""
     import onnx
     import onnx_ir as ir

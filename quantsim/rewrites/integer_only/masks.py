@@ -90,9 +90,11 @@ def fill_mask(b: Builder, node: fx.Node, x: Value, condition: fx.Node, value: fl
         filled = round(value / scores.scale)
     if abs(filled) >= 2**29:
         raise unsupported(node, f"a mask of {value:.4g} over scores of scale {scores.scale:.4g} needs more than 30 bits")
-    number = b.emit(aten.full_like.default, scores.node, filled)
-    sides = (number, scores.node) if when else (scores.node, number)
-    return Ints(b.emit(aten.where.self, condition, *sides), scores.scale, max(scores.bound, abs(filled)))
+    if when:
+        made = b.emit(aten.where.ScalarSelf, condition, filled, scores.node)
+    else:
+        made = b.emit(aten.where.ScalarOther, condition, scores.node, filled)
+    return Ints(made, scores.scale, max(scores.bound, abs(filled)))
 
 
 def _both(b: Builder, node: fx.Node, mask: Choice, condition: fx.Node, value: float, when: bool) -> Choice:
