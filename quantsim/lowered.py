@@ -98,7 +98,7 @@ class IntegerModel(LoweredModel):
         return f"IntegerModel({type(self.model).__name__}, {self.config.name}: {self.bytes / 1e6:.1f} MB)"
 
     def __str__(self) -> str:
-        note = f"\nproducts are computed in 64-bit integers: {self.fallback}" if self.fallback else ""
+        note = f"\nproducts are computed in float32, exact: {self.fallback}" if self.fallback else ""
         return integer_table(self.graph) + note
 
 

@@ -1,7 +1,7 @@
 """Products of integers that stay integers: int8 (or uint8) times int8, summed in int32, exact.
 
 ``torch._int_mm`` is the kernel (oneDNN). It takes matrices; a batch of them is one call each, inside one operator, so that a compiler sees
-no loop. Where the kernel is missing or saturates, the same product is computed in 64-bit integers, slowly.
+no loop. Where the kernel is missing or saturates, float32 products take its place, of so few terms that each sum is an exact integer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     Bits: ``k * 255 * 128 < 2**31`` for ``k`` up to ``LARGEST_SUM``; above, it is refused.
 
     Args:
-        kernel: run on oneDNN's kernel; else in plain 64-bit integers, for machines where that is not exact.
+        kernel: run on oneDNN's kernel; else in float32, part by part and exact, for machines where that kernel is not.
 
     >>> int8_matmul(torch.full((1, 3), -128, dtype=torch.int8), torch.full((3, 1), -128, dtype=torch.int8), kernel=False)
     tensor([[49152]], dtype=torch.int32)
@@ -79,7 +79,7 @@ def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     if a.shape[-1] > LARGEST_SUM:
         raise ValueError(f"a product over {a.shape[-1]} integers of 8 bits may overflow 32 bits; at most {LARGEST_SUM}")
     if not kernel:
-        return (a.to(torch.int64) @ b.to(torch.int64)).to(torch.int32)
+        return _in_float32(a, b)
     if b.ndim == 2:
         rows = a.reshape(-1, a.shape[-1])
         return torch._int_mm(rows, b).reshape(*a.shape[:-1], b.shape[-1])
@@ -90,6 +90,18 @@ def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     for x, y, z in zip(left, right, out, strict=True):
         torch._int_mm(x, y, out=z)
     return out.reshape(*batch, *out.shape[-2:])
+
+
+def _in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Parts of 514 terms, whose sums a float32 holds in any order (``514 * 255 * 128 < 2**24``), added in int32."""
+    terms = 2**24 // (255 * 128)
+    if a.shape[-1] == 0:
+        return a.new_zeros(*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1], dtype=torch.int32)  # type: ignore[no-untyped-call]
+    first, *rest = zip(torch.split(a.float(), terms, -1), torch.split(b.float(), terms, -2), strict=True)
+    total = (first[0] @ first[1]).to(torch.int32)
+    for x, y in rest:
+        total += (x @ y).to(torch.int32)
+    return total
 
 
 @_int8_matmul.register_fake

@@ -19,7 +19,7 @@ def random(shape, dtype, seed=0):
     return torch.randint(low, high + 1, shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kernel", [KERNEL, False], ids=["kernel", "64-bit"])
+@pytest.mark.parametrize("kernel", [KERNEL, False], ids=["kernel", "float32"])
 @pytest.mark.parametrize("dtype", ENDS)
 @pytest.mark.parametrize(
     "left, right", [((5, 7), (7, 3)), ((2, 3, 5, 7), (2, 3, 7, 4)), ((4, 1, 7), (7, 3)), ((3, 1, 2, 9), (5, 9, 2)), ((1, 1), (1, 1))]
@@ -31,7 +31,7 @@ def test_exact(kernel, dtype, left, right):
     assert torch.equal(found.long(), a.long() @ b.long())
 
 
-@pytest.mark.parametrize("kernel", [KERNEL, False], ids=["kernel", "64-bit"])
+@pytest.mark.parametrize("kernel", [KERNEL, False], ids=["kernel", "float32"])
 @pytest.mark.parametrize("a, b", [(255, -128), (255, 127), (-128, -128)])
 def test_the_largest_sums(kernel, a, b):
     dtype = torch.uint8 if a > 127 else torch.int8

@@ -122,7 +122,7 @@ class Written:
     def __rshift__(self, by: Any) -> Written:
         bits, unsigned = BITS[self.kind], self.to(f"U{self.kind}")
         k, top = by.to(unsigned.kind) if isinstance(by, Written) else by, 1 << (bits - 1)
-        shifted = unsigned._with("BitwiseXor", top)._shifted(k, "RIGHT")
+        shifted: Written = unsigned._with("BitwiseXor", top)._shifted(k, "RIGHT")
         less = unsigned._made(unsigned.number(top))._shifted(k, "RIGHT").to(self.kind) if isinstance(k, Written) or k == 0 else top >> k
         found: Written = shifted.to(self.kind) - less
         return found
@@ -131,9 +131,10 @@ class Written:
 
     def __lshift__(self, by: Any) -> Written:
         if not isinstance(by, Written):
-            return self * (1 << by)
+            return self._with("Mul", 1 << by)
         unsigned = self.to(f"U{self.kind}")
-        return unsigned._shifted(by.to(unsigned.kind), "LEFT").to(self.kind)
+        found: Written = unsigned._shifted(by.to(unsigned.kind), "LEFT").to(self.kind)
+        return found
 
     def _shifted(self, by: Any, direction: str) -> Written:
         return self._made(self.op.BitShift(self.value, self.number(by), direction=direction))

@@ -47,7 +47,7 @@ def integer_only(
     Args:
         graph: simulated and calibrated.
         force_dequant: compute these functions in floating point between integers: I-BERT's switch, to find what costs accuracy.
-        kernel: products run on oneDNN's kernel; without, in 64-bit integers.
+        kernel: products run on oneDNN's kernel; without, in float32, exact (``int8_matmul``).
         names: node's name → edge that it computes, for reports.
 
     Raises:
