@@ -12,7 +12,7 @@ from quantsim.cli.models import find_source
 from quantsim.cli.output import check_output, output_arguments, written_whole
 from quantsim.formats.onnx.edges import Bias
 
-FORMATS = ("onnx", "aimet")
+FORMATS = ("onnx", "integers", "aimet")
 BY_MODULE = "torch"
 VERSIONS = (BY_MODULE, "0.6.1", "1.0.0", "2.0.0")
 MODEL = ".onnx"
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> Answer:
     _check(args)
     source = find_source(args.checkpoint)
     sim = source.simulation()
-    values = _onnx(sim, args) if args.format == "onnx" else _aimet(sim, args)
+    values = {"onnx": _onnx, "integers": _integers, "aimet": _aimet}[args.format](sim, args)
     lines = [f"written: {path}" for path in values["written"]]
     lines += [f"left out: {name}: {reason}" for name, reason in values.get("left_out", {}).items()]
     return Answer("\n".join(lines), {"checkpoint": source.name, "format": args.format, **values})
@@ -30,8 +30,9 @@ def run(args: argparse.Namespace) -> Answer:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse flags of the other format, and places that are taken."""
-    foreign = {"aimet": ("bias", "opset", "single_operators"), "onnx": ("encodings",)}[args.format]
-    for name in foreign:
+    of_qdq = ("bias", "opset", "single_operators")
+    foreign = {"aimet": of_qdq, "onnx": ("encodings",), "integers": (*of_qdq, "encodings")}
+    for name in foreign[args.format]:
         if (given := getattr(args, name)) is not None:
             flag = f"--{name.replace('_', '-')}" + ("" if given is True else f" {given}")
             raise CommandError(f"{flag}: means nothing with --format {args.format}; leave it out")
@@ -50,6 +51,11 @@ def _onnx(sim: QuantSim, args: argparse.Namespace) -> dict[str, Any]:
     return {"written": [str(path) for path in (args.output, data) if path.is_file()], "tensors": tensors}
 
 
+def _integers(sim: QuantSim, args: argparse.Namespace) -> dict[str, Any]:
+    sim.integer_only().export_onnx(args.output)
+    return {"written": [str(args.output)]}
+
+
 def _aimet(sim: QuantSim, args: argparse.Namespace) -> dict[str, Any]:
     version = args.encodings or BY_MODULE
     if version == BY_MODULE:
@@ -64,7 +70,13 @@ def _aimet(sim: QuantSim, args: argparse.Namespace) -> dict[str, Any]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder that `quantsim quantize` wrote, or a card of the zoo")
-    parser.add_argument("--format", required=True, type=one_of("format", FORMATS), metavar="NAME", help="onnx (QDQ) or aimet (encodings)")
+    parser.add_argument(
+        "--format",
+        required=True,
+        type=one_of("format", FORMATS),
+        metavar="NAME",
+        help="onnx (QDQ), integers (ONNX without floats), aimet (encodings)",
+    )
     output_arguments(parser, "the file to write")
     onnx = parser.add_argument_group("onnx")
     onnx.add_argument(
@@ -89,10 +101,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 EXPORT = Command(
     name="export",
-    summary="Write a checkpoint as a QDQ ONNX file, or its ranges as AIMET encodings.",
+    summary="Write a checkpoint as an ONNX file, QDQ or of integers alone, or its ranges as AIMET encodings.",
     details=(
-        "The ONNX file takes batches and lengths of any size and runs in ONNX Runtime and OpenVINO. It needs the extra quantsim[onnx], and "
-        "so do encodings by tensor."
+        "The ONNX file takes batches and lengths of any size and runs in ONNX Runtime and OpenVINO; that of integers is I-BERT's "
+        "arithmetic, and wants a checkpoint whose products read 8 bits (preset ibert). It needs the extra quantsim[onnx], and so do "
+        "encodings by tensor."
     ),
     examples=(
         "quantsim export bert-w8a8 --format onnx --output bert-qdq.onnx",

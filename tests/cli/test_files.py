@@ -13,7 +13,7 @@ from model_zoo.cards import Card
 from quantsim import QuantSim
 from quantsim.formats.onnx.runtime import open_session
 from tests.cli.conftest import TEXTS, Run, names_in
-from tests.tiny import tiny_batch
+from tests.tiny import tiny_batch, tiny_sim
 
 # ---- lower ----
 
@@ -61,6 +61,17 @@ def test_onnx(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
+def test_integers(tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    sim = tiny_sim(config="ibert")
+    sim.save_pretrained(tmp_path / "checkpoint")
+    found = run("export", tmp_path / "checkpoint", "--format", "integers", "--output", tmp_path / "model.onnx", "--json").json
+    assert found["written"] == [str(tmp_path / "model.onnx")]
+    (actual,) = open_session(tmp_path / "model.onnx").run(["logits"], {name: x.numpy() for name, x in tiny_batch().items()})
+    assert torch.equal(torch.from_numpy(actual), sim.integer_only().model(**tiny_batch()).logits)
+
+
 def test_encodings_by_module(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     found = run("export", checkpoint, "--format", "aimet", "--output", tmp_path / "cli.encodings", "--json").json
     left_out = QuantSim.from_pretrained(checkpoint).export_aimet_encodings(tmp_path / "library.encodings")
@@ -89,6 +100,7 @@ def test_encodings_by_tensor_come_with_their_model(checkpoint: Path, tmp_path: P
         (["--format", "aimet", "--bias", "int32"], "--bias int32: means nothing with --format aimet"),
         (["--format", "aimet", "--single-operators"], "--single-operators: means nothing with --format aimet; leave it out"),
         (["--format", "onnx", "--encodings", "1.0.0"], "--encodings 1.0.0: means nothing with --format onnx"),
+        (["--format", "integers", "--opset", "21"], "--opset 21: means nothing with --format integers"),
         (["--format", "onnx", "--opset", "9"], "opset"),
         (["--format", "aimet", "--encodings", "2.0"], "no version of encodings '2.0' (nearest: 2.0.0)"),
     ],
