@@ -137,7 +137,7 @@ def to_ir(
     batch = _example(marked)
     shapes = {name: dict.fromkeys(range(x.ndim), Dim.AUTO) for name, x in batch.items()}
     try:
-        with _quiet():
+        with quiet():
             exported = torch.export.export(marked, (), kwargs=batch, dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(
                 exported,
@@ -191,7 +191,7 @@ def _renamed(size: Any, names: Mapping[str, str]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.onnx warns that torchvision, which no encoder here needs, is not installed, and of its own deprecated calls."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level

@@ -51,10 +51,8 @@ def export_integers(path: str | Path, graph: fx.GraphModule, config: QuantConfig
     path = Path(path)
     if path.is_dir():
         raise OnnxError(f"{path}: is a folder; expected the file to write")
-    ops = torch.ops.quantsim
-    translations: dict[Callable[..., Any], Callable[..., Any]] = {ops.int8_matmul.default: _product, ops.called.default: _call}
     with torch.no_grad():
-        model = to_ir(*_flat(graph), OPSET, translations)
+        model = to_ir(*_flat(graph), OPSET, translations())
     _tidy(model)
     produced(model)
     model.metadata_props[METADATA] = json.dumps({"integers": True, "config": config.to_dict()})
@@ -144,6 +142,11 @@ def _called(tensors: Sequence[Tensor], function: str, arguments: str, gives: tor
 @_called.register_fake
 def _(tensors: Sequence[Tensor], function: str, arguments: str, gives: torch.dtype) -> Tensor:
     return torch.empty_like(tensors[0], dtype=gives)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operator of torch → what writes it, for ``torch.onnx``."""
+    return {torch.ops.quantsim.int8_matmul.default: _product, torch.ops.quantsim.called.default: _call}
 
 
 def _call(tensors: Sequence[ir.Value], function: str, arguments: str, gives: int) -> ir.Value:
