@@ -12,8 +12,7 @@ onnx = pytest.importorskip("onnx", reason="onnx isn't installed: pip install 'qu
 pytest.importorskip("onnxruntime", reason="onnxruntime isn't installed: pip install 'quantsim[onnx]'")
 pytest.importorskip("onnxscript", reason="onnxscript isn't installed: pip install 'quantsim[onnx]'")
 
-from quantsim import QuantSim  # noqa: E402
-from quantsim.formats.onnx import OnnxError  # noqa: E402
+from quantsim.formats.onnx import OnnxError, compare_onnx, read_metadata  # noqa: E402
 from quantsim.formats.onnx.runtime import open_session  # noqa: E402
 from quantsim.lowered import IntegerModel  # noqa: E402
 from tests.formats.test_onnx import other_shapes  # noqa: E402
@@ -91,7 +90,15 @@ def test_functions_that_were_forced_to_floats_stay_so(force_dequant: str, tmp_pa
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
+def test_it_has_no_edges_to_compare(tmp_path: Path) -> None:
+    sim, path = tiny_sim(config="ibert"), tmp_path / "integers.onnx"
+    sim.integer_only().export_onnx(path)
+    assert read_metadata(path) == {"integers": True, "config": sim.config.to_dict()}
+    with pytest.raises(OnnxError, match="an integer graph, without QDQ; expected a file of QuantSim"):
+        compare_onnx(path, sim.graph, other_shapes())
+
+
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(OnnxError, match="is a folder; expected the file to write"):
-        QuantSim.integer_only(tiny_sim(config="ibert")).export_onnx(tmp_path)
+        tiny_sim(config="ibert").integer_only().export_onnx(tmp_path)
     assert list(tmp_path.iterdir()) == []

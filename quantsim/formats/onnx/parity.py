@@ -135,7 +135,10 @@ def compare_onnx(
         ImportError: ``onnx`` or ``onnxruntime`` isn't installed.
     """
     need("onnx", "onnxruntime")
-    placements = {tensor: name for name, tensor in read_metadata(path)["edges"].items()}
+    metadata = read_metadata(path)
+    if "edges" not in metadata:
+        raise OnnxError(f"{path}: an integer graph, without QDQ; expected a file of QuantSim.export_onnx. Its outputs are IntegerModel's")
+    placements = {tensor: name for name, tensor in metadata["edges"].items()}
     forced, types = _forced(path, set(placements))
     walked, free = (open_session(model, optimize=optimize, config=session_config) for model in (forced, str(path)))
     edges = {tensor: OnnxEdge(placements[tensor]) for tensor in types}
