@@ -237,6 +237,13 @@ def or_filled(value: Tensor | None, like: Tensor, fill: int, more: Sequence[int]
     return like.new_full((*like.shape, *more), fill) if value is None else value
 
 
+def whole_numbers(x: Tensor | None, name: str) -> Tensor | None:
+    """``x``, if it holds integers or booleans."""
+    if x is not None and x.is_floating_point():
+        raise TypeError(f"{name}: {x.dtype}; an integer graph takes integers (ids and masks): {name}.long()")
+    return x
+
+
 def _make_inputs_optional(graph: fx.GraphModule, model: nn.Module, batch: Batch) -> None:
     """Give a default to each input that the model can do without: ones or zeros, whichever equals leaving it out.
 

@@ -21,12 +21,11 @@ from quantsim.formats.onnx.extra import NEEDED_TO_EXPORT, OnnxError, need
 from quantsim.formats.onnx.write import METADATA, produced, save
 from quantsim.formats.onnx.written import Written
 from quantsim.graph.roles import resolve
-from quantsim.graph.trace import or_filled
+from quantsim.graph.trace import or_filled, whole_numbers
 from quantsim.kernels.edges import look_up
 from quantsim.kernels.int8_matmul import int8_matmul
 from quantsim.numerics.dyadic import rescale, rescale_channels
 from quantsim.numerics.polynomial import i_gelu, i_normalize, i_softmax, i_tanh
-from quantsim.rewrites.integer_only import whole_numbers
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantsim.graph.roles import is_float, op_of, resolve
+from quantsim.graph.trace import whole_numbers
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.rewrites.integer_only.builder import Builder, unsupported
@@ -88,13 +89,6 @@ def _edge(b: Builder, node: fx.Node) -> str:
     """A quantizer computes the edge of its name."""
     quantizer = quantizer_of(node, b.source)
     return quantizer.name if quantizer is not None else node.name
-
-
-def whole_numbers(x: Tensor | None, name: str) -> Tensor | None:
-    """``x``, if it holds integers or booleans."""
-    if x is not None and x.is_floating_point():
-        raise TypeError(f"{name}: {x.dtype}; an integer graph takes integers (ids and masks): {name}.long()")
-    return x
 
 
 def _value(b: Builder, node: fx.Node) -> Value:
