@@ -84,7 +84,7 @@ class IntegerModel(LoweredModel):
     def export_onnx(self, path: str | Path) -> None:
         """Write the integer graph as ONNX (opset 20): integer operators from the look-ups to the last rescale, any batch and length.
 
-        ONNX Runtime gives the outputs of this model to the bit, on any CPU.
+        ONNX Runtime gives the outputs of this model to the bit, without VNNI too.
 
         Raises:
             OnnxError: ``path`` is a folder, or an op has no translation (``force_dequant`` leaves some in floating point that have).

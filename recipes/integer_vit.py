@@ -145,9 +145,7 @@ def accuracy(model: nn.Module, rows: Rows, batch: int = 90) -> float:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     paragraphs = __doc__.split("\n\n")
     parser = argparse.ArgumentParser("integer_vit.py", description=paragraphs[0], epilog=paragraphs[2], allow_abbrev=False)
-    parser.add_argument(
-        "--start", choices=(SCRATCH, FINE_TUNED), default=SCRATCH, help="random weights, or a model that knows other digits"
-    )
+    parser.add_argument("--start", choices=(SCRATCH, FINE_TUNED), default=SCRATCH, help="random weights, or a model that knows 0 to 4")
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / "integer_vit", help="checkpoints, model and results.json")
     parser.add_argument("--epochs", type=float, default=40)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -47,13 +47,17 @@ def _check(args: argparse.Namespace) -> None:
 
 def _onnx(sim: QuantSim, args: argparse.Namespace) -> dict[str, Any]:
     tensors = sim.export_onnx(args.output, args.bias or "float", args.opset, exact=not args.single_operators)
-    data = args.output.with_name(f"{args.output.name}.data")
-    return {"written": [str(path) for path in (args.output, data) if path.is_file()], "tensors": tensors}
+    return {"written": _files(args.output), "tensors": tensors}
 
 
 def _integers(sim: QuantSim, args: argparse.Namespace) -> dict[str, Any]:
     sim.integer_only().export_onnx(args.output)
-    return {"written": [str(args.output)]}
+    return {"written": _files(args.output)}
+
+
+def _files(output: Path) -> list[str]:
+    """The model, and beside it the tensors of one that is too large for a file."""
+    return [str(path) for path in (output, output.with_name(f"{output.name}.data")) if path.is_file()]
 
 
 def _aimet(sim: QuantSim, args: argparse.Namespace) -> dict[str, Any]:

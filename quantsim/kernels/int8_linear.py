@@ -12,11 +12,10 @@ from torch.nn import functional
 
 from quantsim.kernels.cpu import onednn
 from quantsim.kernels.edges import Grid
+from quantsim.kernels.int8_matmul import INT8_TERMS
 
 PostOp = Literal["none", "relu", "gelu"]
 INSTEAD = "write it with LoweredModel.save_pretrained, or take the simulation's (sim.model)"
-
-EXACT_TERMS = 2**24 // (255 * 128)  # 514
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def exact_product(x: Tensor, weight: Tensor) -> Tensor:
     A float32 holds every integer up to ``2**24``, so sums of 514 terms are exact in any order; of more, such parts are added
     in float64.
     """
-    if x.shape[-1] <= EXACT_TERMS:
+    if x.shape[-1] <= INT8_TERMS:
         return functional.linear(x, weight)
-    parts = zip(torch.split(x, EXACT_TERMS, -1), torch.split(weight, EXACT_TERMS, -1), strict=True)
+    parts = zip(torch.split(x, INT8_TERMS, -1), torch.split(weight, INT8_TERMS, -1), strict=True)
     return torch.stack([functional.linear(a, b).double() for a, b in parts]).sum(0).float()

@@ -51,7 +51,8 @@ def affine_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, kernel: bool) 
     return product
 
 
-EXACT_TERMS = 2**24 // (255 * 255)  # 258
+INT8_TERMS, EXACT_TERMS = 2**24 // (255 * 128), 2**24 // (255 * 255)
+"""So many of them a float32 adds up exactly, in any order: 514 products with an int8, or 258 of two differences of uint8 numbers."""
 
 
 def scaled_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, scale: float) -> Tensor:
@@ -94,10 +95,7 @@ def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
 
 def _in_float32(a: Tensor, b: Tensor) -> Tensor:
     """Parts of 514 terms, whose sums a float32 holds in any order (``514 * 255 * 128 < 2**24``), added in int32."""
-    terms = 2**24 // (255 * 128)
-    if a.shape[-1] == 0:
-        return a.new_zeros(*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1], dtype=torch.int32)  # type: ignore[no-untyped-call]
-    first, *rest = zip(torch.split(a.float(), terms, -1), torch.split(b.float(), terms, -2), strict=True)
+    first, *rest = zip(torch.split(a.float(), INT8_TERMS, -1), torch.split(b.float(), INT8_TERMS, -2), strict=True)
     total = (first[0] @ first[1]).to(torch.int32)
     for x, y in rest:
         total += (x @ y).to(torch.int32)

@@ -197,7 +197,7 @@ class QuantSim(Calibration):
             opset: 18 or more; by default 20, and 21 where a type of 4 or 16 bits needs it.
             quantize: false writes the floating-point model alone (a clamped mask stays clamped), to go with encodings.
             exact: write softmax, norms, sums and functions of 8-bit edges as in ``quantsim.formats.onnx.exact``, so that ONNX Runtime gives
-                the simulation's values to the bit where each edge between ops that sum has at most 8 bits (preset ``aimet``), on any CPU:
+                the simulation's values to the bit where each edge between ops that sum has at most 8 bits (preset ``aimet``):
                 weights are UINT8 at zero point 128, for ``uint8 × int8`` products saturate where there is no VNNI. False leaves single
                 operators and INT8 weights, for compilers that look for those: rows near a decision may then fall on its other side.
 

@@ -60,7 +60,7 @@ def test_what_was_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pyte
     assert json.loads((tmp_path / "results.json").read_text())["metrics"] == before
 
 
-def test_fine_tuning_has_seen_other_digits_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tuning_starts_from_half_of_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, set[int]] = {}
     monkeypatch.setattr(integer_vit, "train", lambda job: seen.update({job.title: {row["labels"] for row in job.rows}}))
     assert main([*FEW, "--start", "fine-tuned", "--output_dir", str(tmp_path)]) == 0
