@@ -402,6 +402,13 @@ def test_files_of_others_are_not_compared(folder: Path, tmp_path: Path) -> None:
         compare_onnx(path, sim.graph, [{"input_ids": tiny_batch()["input_ids"]}])
 
 
+def test_a_file_that_is_cut_short_is_named(folder: Path, tmp_path: Path) -> None:
+    _, path = exported(folder)
+    (tmp_path / "short.onnx").write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(OnnxError, match=r"short\.onnx: cannot be read as ONNX .*Export it again"):
+        read_metadata(tmp_path / "short.onnx")
+
+
 def test_the_comparison_finds_a_wrong_grid(folder: Path) -> None:
     sim, path = exported(folder)
     model = onnx.load(path)

@@ -75,12 +75,17 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """What :func:`export_onnx` wrote beside the graph: ``quantized``, ``bias``, ``config``, ``edges`` and ``versions``.
 
     Raises:
-        OnnxError: the file isn't one of ours.
+        FileNotFoundError: there is no such file.
+        OnnxError: the file isn't ONNX, or isn't one of ours.
     """
     need("onnx")
     import onnx
+    from google.protobuf.message import DecodeError
 
-    model = onnx.load(path, load_external_data=False)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise OnnxError(f"{path}: cannot be read as ONNX ({error}); it may be cut short. Export it again") from error
     found = {entry.key: entry.value for entry in model.metadata_props}.get(METADATA)
     if found is None:
         raise OnnxError(f"{path}: no {METADATA!r} in its metadata; expected a file written by QuantSim.export_onnx")
