@@ -27,6 +27,7 @@ class Training:
         hidden_dropout, attention_dropout: the model's dropouts in this run.
         clip: largest norm of the gradient of the weights (ranges are not clipped).
         mixed_precision: ``bf16`` autocast where the device has kernels for it (:meth:`Recipe.in_float32` where not), or ``no``.
+        optimizer: ``adamw``, or ``adamw_8bit`` with its moments in 8 bits (``recipes.optimizers``).
         average: decay of a moving average of the weights (ranges apart), which the run ends with (``recipes.averages``); 0 is none.
     """
 
@@ -42,6 +43,7 @@ class Training:
     attention_dropout: float = 0.1
     clip: float = 1.0
     mixed_precision: Literal["bf16", "no"] = "bf16"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     average: float = 0.0
 
     def __post_init__(self) -> None:

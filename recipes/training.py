@@ -31,6 +31,7 @@ from recipes.averages import Averages
 from recipes.batches import Batches, shares
 from recipes.losses import Batch, Loss, answers_of
 from recipes.low_rank import LowRank
+from recipes.optimizers import optimizer_of
 from recipes.progress import Progress
 from recipes.recipe import Training
 from recipes.shares import add_gradients, start_from_the_first
@@ -110,7 +111,7 @@ class _Run:
         lengths = [len(row["input_ids"]) if job.by_length else 0 for row in job.rows]
         self.batches = Batches(lengths, settings.batch, job.seed)
         self.total = min(max(1, round(len(self.batches) * settings.epochs)), job.max_steps or sys.maxsize)
-        optimizer = torch.optim.AdamW(parameter_groups(job), lr=settings.lr, fused=True)
+        optimizer = optimizer_of(parameter_groups(job), settings)
         scheduler = get_scheduler(settings.schedule, optimizer, round(settings.warmup_ratio * self.total), self.total)
         self.model = self.accelerator.prepare_model(job.model, evaluation_mode=True)  # on its device, and not wrapped
         self.optimizer, self.scheduler = self.accelerator.prepare(optimizer, scheduler)
