@@ -68,6 +68,11 @@ def from_integers(q: Tensor, scale: float, zero_point: int) -> Tensor:
     return q.float().sub_(zero_point).mul_(scale)
 
 
+def from_own_range(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """:func:`from_integers` of a tensor that brings its scale and zero point along, ``[]``."""
+    return q.float().sub_(zero_point).mul_(scale)
+
+
 def rows_from_integers(q: Tensor, scales: Tensor, ids: Tensor) -> Tensor:
     """``q * scales[ids]``: looked-up rows ``[..., width]`` of an embedding in which each row has a scale of its own (``[rows]``)."""
     return q.float().mul_(scales[ids].unsqueeze(-1))

@@ -77,17 +77,21 @@ class Int8Linear(nn.Module):
     def requantizes(self) -> bool:
         return self.outputs[0].grid is not None
 
-    def forward(self, q: Tensor) -> Tensor:
-        """``[..., in]`` of ``grid.dtype`` → ``[..., out]``, float32 or the dtype of the outputs' grid."""
-        if not self.requantizes:
-            return self._product(q, self.weight_scale, self.bias, None)
-        if len(self.outputs) == 1:
-            return self._product(q, self.weight_scale, self.bias, self.outputs[0].grid)
-        return self._product(q, self.output_scale, self.output_bias, self._unit_grid)
+    def forward(self, q: Tensor, *own: Tensor) -> Tensor:
+        """``[..., in]`` of ``grid.dtype`` → ``[..., out]``, float32 or the dtype of the outputs' grid.
 
-    def in_float(self, q: Tensor) -> Tensor:
+        Args:
+            own: scale and zero point of ``q``, ``[]`` each, where its range is its own (a dynamic edge) and not the grid's.
+        """
+        if not self.requantizes:
+            return self._product(q, self.weight_scale, self.bias, None, *own)
+        if len(self.outputs) == 1:
+            return self._product(q, self.weight_scale, self.bias, self.outputs[0].grid, *own)
+        return self._product(q, self.output_scale, self.output_bias, self._unit_grid, *own)
+
+    def in_float(self, q: Tensor, *own: Tensor) -> Tensor:
         """What :meth:`forward` gives before it is requantized."""
-        return self._product(q, self.weight_scale, self.bias, None)
+        return self._product(q, self.weight_scale, self.bias, None, *own)
 
     def give(self, outputs: Sequence[Output]) -> None:
         """Set what the product gives.
@@ -109,21 +113,25 @@ class Int8Linear(nn.Module):
         assert first is not None
         self._unit_grid = Grid(1.0, 0, first.quant_min, first.quant_max)
 
-    def _product(self, q: Tensor, scale: Tensor, bias: Tensor | None, out: Grid | None) -> Tensor:
+    def _product(self, q: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Grid | None, *own: Tensor) -> Tensor:
+        scale, zero_point = own or (self.grid.scale, self.grid.zero_point)
+        scales = weight_scale * scale
         if not self.packs:
-            return self._in_float32(q, scale, bias, out)
+            return self._in_float32(q, scales, zero_point, bias, out)
         args: list[Any] = [1.0, 0, torch.float32] if out is None else [out.scale, out.zero_point, out.dtype]
-        zero_point = self.grid.zero_point
         if q.dtype == torch.int8:  # oneDNN 3.12 has no kernel for int8 activations but its reference, thousands of times slower
             q, zero_point = torch.bitwise_xor(q, -128).view(torch.uint8), zero_point + 128  # q + 128
+        unit: Any = 1.0
+        if isinstance(zero_point, Tensor):  # the operator takes both as numbers, or both as tensors
+            unit, zero_point = torch.ones_like(scales[:1]), zero_point.int().reshape(1)
         y: Tensor = onednn.qlinear_pointwise(
-            q, 1.0, zero_point, self.weight, scale * self.grid.scale, self.no_zero_points, bias, *args, self.post_op, [], self.algorithm
+            q, unit, zero_point, self.weight, scales, self.no_zero_points, bias, *args, self.post_op, [], self.algorithm
         )
         return y
 
-    def _in_float32(self, q: Tensor, scale: Tensor, bias: Tensor | None, out: Grid | None) -> Tensor:
+    def _in_float32(self, q: Tensor, scales: Tensor, zero_point: int | Tensor, bias: Tensor | None, out: Grid | None) -> Tensor:
         """The kernel's arithmetic, operation for operation: the same values to the bit (with GELU, which it approximates, nearly)."""
-        y = exact_product(q.float() - self.grid.zero_point, self.weight.float()) * (scale * self.grid.scale)
+        y = exact_product(q.float() - zero_point, self.weight.float()) * scales
         if bias is not None:
             y = y + bias
         if self.post_op == "relu":

@@ -9,9 +9,10 @@ With the largest magnitude ``m`` of a tensor (symmetric grids; else its least an
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantsim.config import QuantSpec
+from quantsim.numerics.affine import affine_params
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, State, WeightQuantizer
 from quantsim.quantizers.range_estimators import min_max
 
@@ -49,14 +50,48 @@ class FollowingQuantizer(FakeQuantizer):
         if self.state is State.WAITING and self.spec.start_step and self.steps < self.spec.start_step:
             self.steps += 1
             return
-        low, high = min_max(x, self.spec.axis)
-        if self.spec.symmetric:
-            high = torch.maximum(high, -low)
-            low = -high
+        low, high = range_of(x, self.spec)
         if self.spec.follow == "ema" and self.state is State.FOLLOWING:
             low, high = (torch.lerp(new, past, self.spec.momentum) for new, past in ((low, self.min), (high, self.max)))
         self.check_range(low, high)
         self.set_range(low, high)
+
+
+class DynamicIntegers(nn.Module):
+    """What a ``dynamic`` quantizer computes in evaluation, as the integers themselves, for a graph that is lowered to them.
+
+    Args:
+        spec: of the quantizer: at most 8 bits, one range.
+        name: of its edge.
+    """
+
+    def __init__(self, spec: QuantSpec, name: str) -> None:
+        super().__init__()
+        self.spec, self.name = spec, name
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x`` → integers of its shape (``int8``, or ``uint8`` where the grid is asymmetric), scale and zero point ``[]``."""
+        params = affine_params(*range_of(x, self.spec), self.spec)
+        zero_point = params.zero_point
+        y = torch.div(x, params.scale).round_().clamp_(params.quant_min - zero_point, params.quant_max - zero_point)
+        return y.add_(zero_point).to(torch.int8 if self.spec.symmetric else torch.uint8), params.scale, zero_point
+
+    def extra_repr(self) -> str:
+        return f"{self.name}: {self.spec}"
+
+
+def moves_with_tensors(quantizer: FakeQuantizer) -> bool:
+    """In evaluation its range is that of each tensor which passes."""
+    return quantizer.spec.follow == "dynamic" and quantizer.state is State.FOLLOWING
+
+
+def range_of(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The ends of the tensor's own range, ``[]`` or ``[C]`` along ``spec.axis``: ``[-m, m]`` for a symmetric grid."""
+    low, high = min_max(x, spec.axis)
+    if spec.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    return low, high
 
 
 class FollowingWeightQuantizer(FollowingQuantizer, WeightQuantizer):

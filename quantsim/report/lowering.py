@@ -15,6 +15,7 @@ from quantsim.kernels.int8_attention import Int8Attention, missing_for_attention
 from quantsim.kernels.int8_linear import Int8Linear
 from quantsim.kernels.int8_matmul import scaled_matmul
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
+from quantsim.quantizers.following import DynamicIntegers
 
 REASONS = {
     "matmul": "a side is no 8-bit edge",
@@ -74,6 +75,10 @@ def _edges(graph: fx.GraphModule) -> Iterator[LoweredEdge]:
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Int8Linear):
             yield _product(node, module)
+        elif isinstance(module, DynamicIntegers):
+            yield LoweredEdge(
+                module.name, "dynamic range", "int8" if module.spec.symmetric else "uint8", "found for each tensor as it comes"
+            )
         elif isinstance(module, FakeQuantizer):
             yield LoweredEdge(module.name, "fake quantizer", "float32", f"{module.spec}: integers in storage are 8-bit and per tensor")
         elif isinstance(module, Int8Attention):
@@ -101,7 +106,8 @@ def _edges(graph: fx.GraphModule) -> Iterator[LoweredEdge]:
 def _product(node: fx.Node, module: Int8Linear) -> LoweredEdge:
     pieces = [piece for split in node.users for piece in split.users] if len(module.outputs) > 1 else [node]
     names = [piece.meta[COMPUTES] for piece in pieces]
-    notes: list[str] = [module.post_op] if module.post_op != "none" else []
+    notes: list[str] = ["of an edge with a range for each tensor"] if len(node.args) > 1 else []
+    notes += [module.post_op] if module.post_op != "none" else []
     notes += ["requantized"] if module.requantizes else []
     notes += [] if module.packs else ["in float32: see the message of lower()"]
     grid = module.outputs[0].grid

@@ -175,7 +175,7 @@ class _LoweredWalk(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module" and isinstance(module := self.fetch_attr(str(n.target)), Int8Linear):
             args, _ = self.fetch_args_kwargs_from_env(n)
-            self.unrequantized[n] = module.in_float(args[0])
+            self.unrequantized[n] = module.in_float(*args)
         value = super().run_node(n)
         found = self.simulated.get(n.meta.get(EDGE, ""))
         if found is None or not isinstance(value, Tensor):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch import nn
 from quantsim import ConfigError, IntegerError, QuantConfig, QuantSim, QuantSpec, Rule, State
 from quantsim.graph.roles import op_of
 from quantsim.quantizers.fake_quantizer import CalibrationError
-from quantsim.quantizers.following import FollowingQuantizer, FollowingWeightQuantizer
+from quantsim.quantizers.following import DynamicIntegers, FollowingQuantizer, FollowingWeightQuantizer
 from quantsim.quantizers.in_graph import quantizer_of
+from quantsim.report.lowering import lowered_edges
 from tests.rewrites.integer_models import batch_of, model_of
 
 EMA = QuantSpec(symmetric=True, learn=False, follow="ema", momentum=0.75, straight_through=True)
@@ -182,19 +185,50 @@ def test_it_is_saved_and_lowered(tmp_path):
         assert torch.equal(exact.model(**batch_of()).logits, expected)
 
 
-def test_dynamic_ranges_stay_each_tensors_own_when_lowered():
-    config = QuantConfig.preset("q8bert").with_rules(Rule(role="activation", set={"follow": "dynamic"}))
+@pytest.mark.parametrize("symmetric", [True, False], ids=["int8", "uint8"])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "in kernels"])
+def test_dynamic_ranges_stay_each_tensors_own_when_lowered(symmetric: bool, exact: bool):
+    config = QuantConfig.preset("q8bert").with_rules(Rule(role="activation", set={"follow": "dynamic", "symmetric": symmetric}))
     sim = QuantSim(model_of("Bert"), config)
     sim.compute_encodings([batch_of(seed=5)])
-    lowered = sim.lower()
+    lowered = sim.lower(exact=exact)
+    kernels = Counter(edge.kernel for edge in lowered_edges(lowered.graph))
+    assert kernels["float32 linear"] == kernels["fake quantizer"] == 0, str(lowered)
+    assert kernels["int8 product"] == 10  # query, key and value are one
+    assert kernels["dynamic range"] == 14
     with torch.no_grad():
         for seed in range(3):
-            expected = sim.model(**batch_of(seed=seed)).logits
-            torch.testing.assert_close(
-                lowered.model(**batch_of(seed=seed)).logits, expected, rtol=0, atol=0.05 * float(expected.abs().max())
-            )
+            batch = batch_of(seed=seed) if seed else {name: x[:, :5] for name, x in batch_of(seed=seed).items()}
+            expected = sim.model(**batch).logits
+            found = lowered.model(**batch).logits
+            if exact:
+                assert torch.equal(found, expected)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
     with pytest.raises(IntegerError, match=r"each tensor's own \(dynamic\)"):
         sim.integer_only()
+
+
+def test_a_dynamic_edge_before_fixed_ones():
+    config = QuantConfig.preset("aimet").with_rules(Rule(op="layer_norm", role="activation", set={"follow": "dynamic", "learn": False}))
+    sim = QuantSim(model_of("Bert"), config)
+    sim.compute_encodings([batch_of(seed=5)])
+    notes = [edge.note for edge in lowered_edges(sim.lower().graph) if edge.kernel == "int8 product"]
+    assert any("range for each tensor" in note and "requantized" in note for note in notes), notes
+    with torch.no_grad():
+        expected = sim.model(**batch_of()).logits
+        assert torch.equal(sim.lower(exact=True).model(**batch_of()).logits, expected)
+        torch.testing.assert_close(sim.lower().model(**batch_of()).logits, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+
+
+def test_integers_of_a_tensors_own_range_are_what_its_quantizer_computes():
+    for symmetric in (True, False):
+        spec = replace(DYNAMIC, symmetric=symmetric)
+        quantizer = FollowingQuantizer(spec).eval()
+        quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+        for x in (torch.randn(7, 5), torch.zeros(3, 4), torch.tensor([[1e-40, -3.0]]), torch.rand(4, 4) + 5):
+            q, scale, zero_point = DynamicIntegers(spec, "x")(x)
+            assert q.dtype == (torch.int8 if symmetric else torch.uint8)
+            assert torch.equal((q.float() - zero_point) * scale, quantizer(x))
 
 
 def test_training_learns():

@@ -4,39 +4,69 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import fx
 
 from quantsim.graph.roles import KEEPS_GRID, op_of
-from quantsim.kernels.edges import EDGE, GRID, SHAPE, Grid, from_integers, on_grid, to_integers
-from quantsim.quantizers.fake_quantizer import WeightQuantizer
+from quantsim.kernels.edges import EDGE, GRID, SHAPE, Grid, from_integers, from_own_range, on_grid, to_integers
+from quantsim.quantizers.exact_op import fits
+from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
+from quantsim.quantizers.following import DynamicIntegers, moves_with_tensors
 from quantsim.quantizers.in_graph import quantizer_of
+from quantsim.rewrites.lower_int8.whole import put_beside
 
 MOVES = KEEPS_GRID - {"to"}  # a conversion to float32 is no move of integers
+ROOM = "edges"
 LISTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
 
 
+@dataclass(frozen=True)
+class OwnGrid:
+    """The quantization of an edge whose range is each tensor's own: :class:`Grid`, with nodes that give scale and zero point."""
+
+    scale: fx.Node
+    zero_point: fx.Node
+    quant_min: int
+    quant_max: int
+
+
 def edges_to_integers(graph: fx.GraphModule) -> None:
-    """Every activation quantizer of at most 8 bits with one range that is known becomes ``to_integers`` and ``from_integers``."""
+    """Every activation quantizer of at most 8 bits with one range becomes ``to_integers`` and ``from_integers``.
+
+    One whose range is each tensor's own becomes :class:`DynamicIntegers` and ``from_own_range``.
+    """
     for node in list(graph.graph.nodes):
         quantizer = quantizer_of(node, graph)
         if quantizer is None or isinstance(quantizer, WeightQuantizer):
             continue
         node.meta = node.meta | {EDGE: quantizer.name}
-        if quantizer.spec.bits > 8 or quantizer.spec.axis is not None or quantizer.spec.follow == "dynamic":
+        if not fits(quantizer):
             continue
-        grid = Grid.of(quantizer.affine_params())
         with graph.graph.inserting_before(node):
-            stored = graph.graph.call_function(to_integers, (node.args[0], *grid.numbers))
-            read = dequantize(graph, stored, grid)
-        stored.meta = {EDGE: quantizer.name, GRID: grid}
+            read = _dynamic(graph, node, quantizer) if moves_with_tensors(quantizer) else _static(graph, node, quantizer)
         node.replace_all_uses_with(read)
         graph.graph.erase_node(node)
 
 
-def dequantize(graph: fx.GraphModule, stored: fx.Node, grid: Grid) -> fx.Node:
+def _static(graph: fx.GraphModule, node: fx.Node, quantizer: FakeQuantizer) -> fx.Node:
+    grid = Grid.of(quantizer.affine_params())
+    stored = graph.graph.call_function(to_integers, (node.args[0], *grid.numbers))
+    stored.meta = {EDGE: quantizer.name, GRID: grid}
+    return dequantize(graph, stored, grid)
+
+
+def _dynamic(graph: fx.GraphModule, node: fx.Node, quantizer: FakeQuantizer) -> fx.Node:
+    path = put_beside(graph, f"{ROOM}.{quantizer.name}", DynamicIntegers(quantizer.spec, quantizer.name))
+    found = graph.graph.call_module(path, (node.args[0],))
+    stored, scale, zero_point = (graph.graph.call_function(operator.getitem, (found, i)) for i in range(3))
+    return dequantize(graph, stored, OwnGrid(scale, zero_point, quantizer.spec.quant_min, quantizer.spec.quant_max))
+
+
+def dequantize(graph: fx.GraphModule, stored: fx.Node, grid: Grid | OwnGrid) -> fx.Node:
     """A node that reads integers as float32, at the graph's insertion point."""
-    read = graph.graph.call_function(from_integers, (stored, grid.scale, grid.zero_point))
+    function = from_integers if isinstance(grid, Grid) else from_own_range
+    read = graph.graph.call_function(function, (stored, grid.scale, grid.zero_point))
     read.meta = {GRID: grid}
     return read
 
@@ -47,7 +77,7 @@ def sink_dequantize(graph: fx.GraphModule) -> None:
         if node.op != "call_function" or op_of(node, graph) not in MOVES or node.target is operator.getitem:
             continue
         read = node.args[0]
-        if not (isinstance(read, fx.Node) and read.target is from_integers):
+        if not (isinstance(read, fx.Node) and read.target in (from_integers, from_own_range)):
             continue
         stored, grid = read.args[0], read.meta[GRID]
         node.update_arg(0, stored)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from quantsim.graph.roles import WEIGHTS, op_of
-from quantsim.kernels.edges import COMPUTES, EDGE, GRID, Grid, from_integers, to_integers
+from quantsim.kernels.edges import COMPUTES, EDGE, GRID, Grid, from_integers, from_own_range, to_integers
 from quantsim.kernels.int8_linear import Int8Linear
 from quantsim.numerics.affine import quantize
 from quantsim.quantizers.fake_quantizer import WeightQuantizer
@@ -26,6 +26,8 @@ aten = torch.ops.aten
 def linears_to_integers(graph: fx.GraphModule, packs: bool) -> None:
     """``linear(from_integers(q), quantized weight, bias)`` → :class:`Int8Linear` on ``q``; where floats come in, a constant weight.
 
+    Where each tensor has a range of its own, scale and zero point go into the product beside the integers.
+
     A layer that is called again (ALBERT's) gets a product a call, for each call has edges of its own; they share the weight.
     """
     weights: dict[str, Tensor] = {}
@@ -39,7 +41,7 @@ def linears_to_integers(graph: fx.GraphModule, packs: bool) -> None:
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
         value = evaluate(graph, weight.args[0])  # type: ignore[arg-type]
-        if x.target is not from_integers:
+        if x.target not in (from_integers, from_own_range):
             node.replace_input_with(weight, constant(graph, node, f"{ROOM}.{quantizer.name}.values", quantizer(value).detach().clone()))
             continue
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
@@ -53,13 +55,14 @@ def linears_to_integers(graph: fx.GraphModule, packs: bool) -> None:
             quantizer.name,
         )
         product.weight = weights.setdefault(quantizer.name, product.weight)
-        _replace(graph, node, product, quantizer.name, x.args[0])  # type: ignore[arg-type]
+        _replace(graph, node, product, quantizer.name, x.args[:1] if x.target is from_integers else x.args)
 
 
-def _replace(graph: fx.GraphModule, node: fx.Node, product: Int8Linear, name: str, stored: fx.Node) -> fx.Node:
+def _replace(graph: fx.GraphModule, node: fx.Node, product: Int8Linear, name: str, stored: tuple[Any, ...]) -> fx.Node:
+    """Call the product on integers, or on integers with a scale and a zero point of their own."""
     path = put_beside(graph, f"{ROOM}.{name}.product", product)
     with graph.graph.inserting_before(node):
-        new = graph.graph.call_module(path, (stored,))
+        new = graph.graph.call_module(path, stored)
     new.meta = {COMPUTES: node.meta.get(COMPUTES, name)}
     node.replace_all_uses_with(new)
     graph.graph.erase_node(node)
