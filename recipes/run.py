@@ -45,6 +45,8 @@ class Run:
 
     def encoded(self, task: Task, rows: Dataset, padded: bool = False, tokenizer: PreTrainedTokenizerBase | None = None) -> Encoded:
         """Rows as token ids, of their own lengths or all of the recipe's; by the base model's tokenizer or another."""
+        if not len(rows):
+            return []
         found = encode(rows, task, tokenizer or self.tokenizer, self.recipe.max_length, padding="max_length" if padded else False)
         return found.with_format(None).remove_columns([c for c in ("example_index", "offsets") if c in found.column_names]).to_list()  # type: ignore[no-any-return]
 

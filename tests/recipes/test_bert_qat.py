@@ -199,6 +199,9 @@ def test_a_teacher_is_trained_once_and_its_copies_are_learned_from(files: Path, 
     assert bert_qat.main([*flags, "--stage", "fp32", "--finetune.lr", "1e-3", "--teacher.distillation.weight", "0.5"]) == 0
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "output" / "stages").iterdir()) == sorted([*stages, "finetune"])
     assert (stages["taught"] / "teacher.safetensors").stat().st_mtime_ns == written
+    assert bert_qat.main([*flags, "--stage", "fp32", "--teacher.edited_copies", "0"]) == 0
+    without = [json.loads(path.read_text().splitlines()[-1])["step"] for path in tmp_path.glob("**/stages/finetune-*/log.jsonl")]
+    assert min(without) == 8  # the rows alone
 
 
 @pytest.mark.parametrize(("kernels", "precision"), [(True, "bf16"), (False, "no")])
