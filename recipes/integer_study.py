@@ -10,9 +10,7 @@ that was killed goes on from its last checkpoint. ``docs/integer_training.md`` a
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import io
 import json
 import statistics
 import sys
@@ -31,6 +29,7 @@ from quantsim import IntegerConfig
 from quantsim.config import near
 from quantsim.rewrites.integer_training.config import OPERANDS
 from recipes import integer_finetune
+from recipes.lines import Row, read_lines, write_lines
 from recipes.tasks import RecipeError, find_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +70,6 @@ PUBLISHED = {"16": 0.0, "10": -0.5, "8": -1.7}
 KEY = ("task", "variant", "seed")
 FIELDS = (*KEY, "metric", "rows", "train_rows", "value", "in_float", "weight_bits", "activation_bits", "gradient_bits", "roundings", "ops",
           "epochs", "lr", "batch", "seconds", "date", "quantsim", "torch", "transformers")  # fmt: skip
-Row = dict[str, str]
 
 
 # ---- measure ----
@@ -130,24 +128,13 @@ def row_of(task: str, name: str, seed: int, found: Mapping[str, Any]) -> Row:
 
 
 def read(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and tuple(rows[0]) != FIELDS:
-        raise RecipeError(f"{path}: columns {', '.join(rows[0])}; expected {', '.join(FIELDS)}. Move it away to begin anew")
-    return rows
+    return read_lines(path, FIELDS)
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """The whole file, or none of it, in the order of tasks, variants and seeds."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: (TASKS.index(row["task"]), list(VARIANTS).index(row["variant"]), int(row["seed"]))))
-    staging = path.with_suffix(".saving")
-    staging.write_text(text.getvalue(), encoding="utf-8")
-    staging.replace(path)
+    """The whole file, in the order of tasks, variants and seeds."""
+    order = sorted(rows, key=lambda row: (TASKS.index(row["task"]), list(VARIANTS).index(row["variant"]), int(row["seed"])))
+    write_lines(path, order, FIELDS)
 
 
 # ---- what it says ----

@@ -12,7 +12,6 @@ run that was stopped goes on where it stopped, and a checkpoint that was publish
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import sys
 import time
@@ -38,6 +37,7 @@ from recipes.artifacts import Artifact, resolve
 from recipes.data import encode, load_rows
 from recipes.evaluation import evaluate
 from recipes.hub import go_offline
+from recipes.lines import Row, read_lines, write_lines
 from recipes.tasks import PREFIX, RecipeError, Task, task_of
 
 CSV = Path(__file__).resolve().parent.parent / "docs" / "post_training.csv"
@@ -92,7 +92,6 @@ METHODS = {
     "all": Method("scaled down, AdaRound, biases corrected", post_training=PostTraining(0.5, 300, True)),
 }
 
-Row = dict[str, str]
 KEY = ("task", "method", "split", "rows", "seed", "fp32_sha256")
 FIELDS = (*KEY, "metric", "fp32", "value", "loss", "wide_edges", "preset", "calibration_rows", "seconds", "date", "quantsim", "torch",
           "transformers")  # fmt: skip
@@ -174,24 +173,13 @@ def measure(bench: Bench, names: Sequence[str], known: Callable[[Row], Row | Non
 
 
 def read(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and tuple(rows[0]) != FIELDS:
-        raise RecipeError(f"{path}: columns {', '.join(rows[0])}; expected {', '.join(FIELDS)}. Move it away to begin anew")
-    return rows
+    return read_lines(path, FIELDS)
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """The whole file, in the order of tasks and methods."""
     order = sorted(rows, key=lambda row: (row["split"] != "validation", TASKS.index(row["task"]), list(METHODS).index(row["method"])))
-    staging = path.with_suffix(".saving")
-    with staging.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(order)
-    staging.replace(path)
+    write_lines(path, order, FIELDS)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -53,24 +53,24 @@ class Grid:
         return self.scale, self.zero_point, self.quant_min, self.quant_max
 
 
-def to_integers(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+def to_integers(x: Tensor, scale: float | Tensor, zero_point: int | Tensor, quant_min: int, quant_max: int) -> Tensor:
     """``clamp(round(x / scale) + zero_point, quant_min, quant_max)`` as ``uint8``, or ``int8`` where ``quant_min`` is negative.
 
     >>> to_integers(torch.tensor([-1.0, 0.0, 0.3, 9.0]), 0.1, 2, 0, 255)
     tensor([ 0,  2,  5, 92], dtype=torch.uint8)
     """
-    y = torch.div(x, scale).round_().clamp_(quant_min - zero_point, quant_max - zero_point)
+    y = torch.div(x, scale).round_().clamp_(quant_min - zero_point, quant_max - zero_point)  # type: ignore[arg-type]  # numbers, or tensors
     return y.add_(zero_point).to(torch.int8 if quant_min < 0 else torch.uint8)
 
 
-def from_integers(q: Tensor, scale: float, zero_point: int) -> Tensor:
+def from_integers(q: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:
     """``(q - zero_point) * scale`` in float32."""
     return q.float().sub_(zero_point).mul_(scale)
 
 
 def from_own_range(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """:func:`from_integers` of a tensor that brings its scale and zero point along, ``[]``."""
-    return q.float().sub_(zero_point).mul_(scale)
+    """:func:`from_integers` of a tensor that brings its scale and zero point along, ``[]``; another node of a lowered graph."""
+    return from_integers(q, scale, zero_point)
 
 
 def rows_from_integers(q: Tensor, scales: Tensor, ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantsim.config import QuantSpec
+from quantsim.kernels.edges import to_integers
 from quantsim.numerics.affine import affine_params
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, State, WeightQuantizer
 from quantsim.quantizers.range_estimators import min_max
@@ -72,9 +73,8 @@ class DynamicIntegers(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x`` → integers of its shape (``int8``, or ``uint8`` where the grid is asymmetric), scale and zero point ``[]``."""
         params = affine_params(*range_of(x, self.spec), self.spec)
-        zero_point = params.zero_point
-        y = torch.div(x, params.scale).round_().clamp_(params.quant_min - zero_point, params.quant_max - zero_point)
-        return y.add_(zero_point).to(torch.int8 if self.spec.symmetric else torch.uint8), params.scale, zero_point
+        q = to_integers(x, params.scale, params.zero_point, params.quant_min, params.quant_max)
+        return q, params.scale, params.zero_point
 
     def extra_repr(self) -> str:
         return f"{self.name}: {self.spec}"
