@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from model_zoo.format import CONFIG, FP32, W8A8
 from quantsim import CheckpointError, ConfigError, QuantConfig, QuantSim, State
 from quantsim.config import near
 from recipes.base_model import base_model_folder, base_weights_sha256
+from recipes.low_rank import go_on_low_rank
 
 UP, DOWN, RANGES = ".low_rank.up", ".low_rank.down", "quantizers."
 
@@ -150,11 +151,12 @@ def apply_delta(model: nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: as :func:`read_delta`; a name, shape or dtype that the model does not have.
     """
-    _apply(model, read_delta(path), Path(path))
+    delta = read_delta(path)
+    _check_fits(model, delta, Path(path))
+    _apply(model, delta)
 
 
-@torch.no_grad()
-def _apply(model: nn.Module, delta: Delta, path: Path) -> None:
+def _check_fits(model: nn.Module, delta: Delta, path: Path) -> None:
     state = model.state_dict()
     if unknown := sorted(delta.weights - set(state)):
         raise CheckpointError(
@@ -165,6 +167,11 @@ def _apply(model: nn.Module, delta: Delta, path: Path) -> None:
     for name, (up, down) in delta.low_rank.items():
         _check_fit(path, f"{name}{UP} @ {DOWN[1:]}", [up.shape[0], down.shape[1]], _used_as(up, state[name]), state[name])
         _check_fit(path, name + DOWN, list(state[name].shape), _used_as(down, state[name]), state[name])
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, delta: Delta) -> None:
+    state = model.state_dict()
     for name, x in delta.whole.items():
         state[name].copy_(x)
     for name, (up, down) in delta.low_rank.items():
@@ -198,6 +205,14 @@ def load_float(card: Card, base_model_loader: Callable[[str], str] = base_model_
     return _load(card, FP32, base_model_loader)[0]
 
 
+def load_trainable(card: Card, base_model_loader: Callable[[str], str] = base_model_folder) -> PreTrainedModel:
+    """The published FP32 model as it was trained: low-rank pairs are factors that go on training, over the frozen base.
+
+    Its delta (``recipes.low_rank.low_rank_delta``) has the size of the card's. Arguments and errors as :func:`load_float`.
+    """
+    return _load(card, FP32, base_model_loader, factors=True)[0]
+
+
 def load_simulation(card: Card, base_model_loader: Callable[[str], str] = base_model_folder) -> QuantSim:
     """The published W8A8 model with its learned ranges, fixed, in eval mode. Arguments and errors as :func:`load_float`."""
     model, delta = _load(card, W8A8, base_model_loader)
@@ -228,7 +243,7 @@ def _load_ranges(sim: QuantSim, delta: Delta, path: Path) -> None:
         quantizer.restore(State.FIXED, {part: delta.ranges[f"{name}.{part}"] for part in quantizer.range_tensors()})
 
 
-def _load(card: Card, file: str, base_model_loader: Callable[[str], str]) -> tuple[PreTrainedModel, Delta]:
+def _load(card: Card, file: str, base_model_loader: Callable[[str], str], factors: bool = False) -> tuple[PreTrainedModel, Delta]:
     check_file(card, file)
     check_file(card, CONFIG)
     path = card.folder / file
@@ -236,7 +251,12 @@ def _load(card: Card, file: str, base_model_loader: Callable[[str], str]) -> tup
     model, new = _base_model(card, base_model_loader)
     if lacking := sorted(new - delta.weights):
         raise CheckpointError(f"{path}: no tensor {lacking[0]}, and the base model has none either; {len(lacking)} such names")
-    _apply(model, delta, path)
+    _check_fits(model, delta, path)
+    if factors:
+        _apply(model, replace(delta, low_rank={}))
+        go_on_low_rank(model, delta.low_rank)
+    else:
+        _apply(model, delta)
     model.train(False)
     return model, delta
 

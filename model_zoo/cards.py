@@ -16,6 +16,10 @@ from quantsim.formats.checkpoint import file_sha256
 BUNDLES = Path(__file__).resolve().parent / "bundles"
 
 
+TRAINED_ON = {"ibert": ("ibert_finetune.py", "--stage integer"), "q8bert": ("q8bert.py", "--do_train")}
+"""Schemes whose checkpoints were trained on from a W8A8 card's FP32 model, with what program and flags."""
+
+
 class NotPublishedError(CheckpointError):
     """There is no checkpoint of this name; the message names the command that trains it."""
 
@@ -38,7 +42,8 @@ class Card:
         seed: of the published run.
         quantization: ``QuantConfig.to_dict()``.
         num_labels: classes; 1 is regression.
-        metrics: ``fp32``, ``ptq`` and ``qat``, each with the figures in percent, ``rows`` and ``split``.
+        metrics: ``fp32``, ``ptq`` and ``qat``, each with the figures in percent, ``rows`` and ``split``; the latter two with the
+            ``backend`` where it is not the simulation.
         estimators: PTQ by range estimator, each as in ``metrics``; may be empty.
         sweep: the headline metric over ``seeds``: ``fp32``, ``ptq`` and ``qat``, each with its ``values``, ``median``, ``least``
             and ``greatest``; may be empty.
@@ -74,6 +79,11 @@ class Card:
     @property
     def path(self) -> Path:
         return self.folder / CARD
+
+    @property
+    def backend(self) -> str:
+        """What the quantized model was measured on (``recipes.backends``)."""
+        return str(self.metrics.get("qat", {}).get("backend", "simulated"))
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "folder"}
@@ -151,7 +161,12 @@ def how_to_train(name: str) -> str:
     >>> how_to_train("bert_w8a8_qnli")
     'train it with `python recipes/bert_qat.py --recipe recipes/bert_w8a8/qnli.yaml`'
     """
-    return f"train it with `python recipes/bert_qat.py --recipe recipes/bert_w8a8/{name.removeprefix('bert_w8a8_')}.yaml`"
+    scheme, _, task = name.rpartition("_")
+    if scheme in TRAINED_ON:
+        program, flags = TRAINED_ON[scheme]
+        recipe = f"recipes/from_card/{name}.yaml"
+        return f"train it with `python recipes/{program} --recipe {recipe} --model_name_or_path bert_w8a8_{task} {flags}`"
+    return f"train it with `python recipes/bert_qat.py --recipe recipes/{scheme}/{task}.yaml`"
 
 
 # ---- hashes ----
@@ -164,12 +179,13 @@ def check_file(card: Card, name: str) -> None:
         CheckpointError: missing, of another size, or with another sha256.
     """
     path, record = card.folder / name, card.files[name]
+    remedy = f"Copy or download it again, or {how_to_train(card.name)}"
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing; restore it or train it again (`python recipes/bert_qat.py --recipe {card.recipe}`)")
+        raise CheckpointError(f"{path}: missing. {remedy}")
     if (size := path.stat().st_size) != record["size"]:
-        raise CheckpointError(f"{path}: has {size} bytes; {CARD} expects {record['size']}. The file was changed or is not whole")
+        raise CheckpointError(f"{path}: has {size} bytes; {CARD} expects {record['size']}: it was changed or is not whole. {remedy}")
     if (found := file_sha256(path)) != record["sha256"]:
-        raise CheckpointError(f"{path}: sha256 is {found}; {CARD} expects {record['sha256']}. The file was changed or damaged")
+        raise CheckpointError(f"{path}: sha256 is {found}; {CARD} expects {record['sha256']}: it was changed or damaged. {remedy}")
 
 
 def verify(card: Card) -> None:

@@ -26,6 +26,7 @@ from model_zoo.cards import BUNDLES, Card, file_records, read_card, verify, writ
 from model_zoo.format import BUNDLED, FP32, MEASURED, W8A8, check_sweep
 from quantsim import CheckpointError, QuantSim
 from quantsim.formats.checkpoint import RANGES
+from recipes.backends import SIMULATED, on_backend
 from recipes.base_model import PACKAGED, WEIGHTS, base_model_folder, base_weights_sha256
 from recipes.recipe import Recipe
 from recipes.results import versions
@@ -56,6 +57,7 @@ def write_bundle(
     sim: QuantSim,
     description: Mapping[str, Any],
     measure: Callable[[str, nn.Module], Any],
+    backend: str = SIMULATED,
 ) -> Card:
     """Write a bundle, load it again as the evaluator does, measure that, and write the card last.
 
@@ -66,6 +68,7 @@ def write_bundle(
         description: ``recipe``, ``recipe_file``, ``task``, ``data`` and ``metrics``, into which ``measure`` writes; and
             ``estimators`` where PTQ was measured with several.
         measure: evaluates a model under the name ``fp32`` or ``qat``.
+        backend: what the quantized model is measured on (``recipes.backends``).
     """
     processes = PartialState()  # the first writes, all measure what it wrote
     if processes.is_main_process:
@@ -80,8 +83,10 @@ def write_bundle(
     card = make_card(folder, sim, description)
     base = description["recipe"].base_model
     measure("fp32", load_float(card, lambda _: base_model_folder(base)))
-    measure("qat", load_simulation(card, lambda _: base_model_folder(base)).model)
+    measure("qat", on_backend(load_simulation(card, lambda _: base_model_folder(base)), backend))
     metrics = {what: dict(description["metrics"][what]) for what in MEASURED}
+    if backend != SIMULATED:
+        metrics["qat"]["backend"] = backend
     card = replace(card, metrics=metrics)
     if processes.is_main_process:
         write_card(card, folder)

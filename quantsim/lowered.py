@@ -15,9 +15,11 @@ from quantsim.config import QuantConfig
 from quantsim.formats.checkpoint import plain_state, save_checkpoint
 from quantsim.graph.forward import GraphForward
 from quantsim.kernels.int8_linear import Int8Linear
+from quantsim.kernels.integer_rows import missing_for_rows
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
 from quantsim.report.integers import integer_table
 from quantsim.report.lowering import lowering_table, stored_bytes
+from quantsim.rewrites.integer_only.rows import in_rows
 from quantsim.rewrites.lower_int8 import LoweringError
 from quantsim.rewrites.lower_int8.weights import ROOM, ROWS
 
@@ -78,8 +80,17 @@ class LoweredModel:
 class IntegerModel(LoweredModel):
     """What :meth:`QuantSim.integer_only` gives: a :class:`LoweredModel` whose every tensor between look-ups and outputs holds integers.
 
-    ``print(model)`` is a table: every op that computes, and which of them take 64 bits.
+    ``model`` runs ``graph`` with the ops between two products as one pass over memory each (``kernels/rows.cpp``, the same bits), where
+    there is a C++ compiler; ``unfused`` says why not. ``print(model)`` is a table: every op that computes, and which take 64 bits.
     """
+
+    def __init__(
+        self, model: nn.Module, graph: fx.GraphModule, config: QuantConfig, quantizers: Mapping[str, FakeQuantizer], fallback: str
+    ) -> None:
+        super().__init__(model, graph, config, quantizers, fallback)
+        self.unfused = missing_for_rows(next(model.parameters()).device.type)
+        if not self.unfused:
+            self.model.__dict__["forward"].graph = in_rows(graph)
 
     def export_onnx(self, path: str | Path) -> None:
         """Write the integer graph as ONNX (opset 20): integer operators from the look-ups to the last rescale, any batch and length.

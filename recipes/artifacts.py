@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from model_zoo.bundle import load_float, load_simulation
+from model_zoo.bundle import load_float, load_simulation, load_trainable
 from model_zoo.cards import Card, find, names, published, read_card, verify
 from model_zoo.fetch import fetch_card, fetch_files, place_of
 from model_zoo.format import BUNDLED, CARD
@@ -49,6 +49,11 @@ class Artifact:
     hashes: Mapping[str, str]
     fp32_is: str
     card: Card | None = field(default=None, repr=False)
+
+    def load_trainable(self) -> PreTrainedModel:
+        """The FP32 model of a card, in the low-rank form in which it was trained."""
+        assert self.card is not None
+        return load_trainable(self.card, lambda _: self.tokenizer_source)
 
     def tokenizer(self, vocabulary: int) -> PreTrainedTokenizerBase:
         """The tokenizer, if it fits an embedding of ``vocabulary`` rows.

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantsim import QuantSim
+from quantsim import IntegerError, QuantSim
 from quantsim.formats.onnx.runtime import open_session
 from quantsim.kernels.cpu import missing_for_int8
 from recipes.tasks import RecipeError
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
+SIMULATED, INTEGERS = "simulated", "integers"
 
 
 def on_simulation(sim: QuantSim) -> nn.Module:
@@ -34,6 +35,11 @@ def on_int8_exact(sim: QuantSim) -> nn.Module:
 
 def on_int8_compiled(sim: QuantSim) -> nn.Module:
     return sim.lower().compile().model
+
+
+def on_integers(sim: QuantSim) -> nn.Module:
+    """Every tensor between look-ups and logits holds integers; for preset ``ibert``, or another that has a quantizer at every product."""
+    return sim.integer_only().model
 
 
 def on_onnxruntime(sim: QuantSim) -> nn.Module:
@@ -67,13 +73,26 @@ def on_openvino(sim: QuantSim) -> nn.Module:
 
 
 BACKENDS: Mapping[str, Callable[[QuantSim], nn.Module]] = {
-    "simulated": on_simulation,
+    SIMULATED: on_simulation,
     "int8": on_int8,
     "int8-exact": on_int8_exact,
     "int8-compiled": on_int8_compiled,
     "onnxruntime": on_onnxruntime,
     "openvino": on_openvino,
+    INTEGERS: on_integers,
 }
+
+
+def on_backend(sim: QuantSim, name: str) -> nn.Module:
+    """The model as this backend runs it.
+
+    Raises:
+        RecipeError: it cannot; the message says why.
+    """
+    try:
+        return BACKENDS[name](sim)
+    except IntegerError as error:
+        raise RecipeError(f"--backend {name}: {error}") from error
 
 
 class EngineModel(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 from accelerate import PartialState
@@ -23,7 +23,7 @@ from model_zoo.cards import find, how_to_train, published
 from quantsim import CalibrationError, CheckpointError, ConfigError, LoweringError, OnnxError, QuantConfig, TraceError
 from quantsim.config import near
 from recipes.artifacts import Artifact, resolve
-from recipes.backends import BACKENDS
+from recipes.backends import BACKENDS, SIMULATED, on_backend
 from recipes.data import DataSource, MissingSplitError, encode, load_rows, rows_sha256
 from recipes.devices import usable_device
 from recipes.evaluation import Evaluation, evaluate
@@ -51,7 +51,9 @@ class Arguments:
     offline: bool = field(default=False, metadata={"help": "never ask the Hub"})
     seed: int = field(default=1000, metadata={"help": "written down with the results; the evaluation itself draws nothing"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, mps …"})
-    backend: str = field(default="simulated", metadata={"help": f"what the W8A8 model runs on: {', '.join(BACKENDS)}"})
+    backend: str | None = field(
+        default=None, metadata={"help": f"what the W8A8 model runs on: {', '.join(BACKENDS)}; default what its card was measured on"}
+    )
     list: bool = field(default=False, metadata={"help": "say what can be evaluated, and stop"})
 
 
@@ -85,9 +87,9 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise RecipeError(f"--{name} {value}: expected 1 or more")
-    if arguments.backend not in BACKENDS:
+    if arguments.backend not in (None, *BACKENDS):
         raise RecipeError(f"--backend {arguments.backend}: expected one of {', '.join(BACKENDS)}")
-    if arguments.backend != "simulated" and arguments.device != "cpu":
+    if arguments.backend not in (None, SIMULATED) and arguments.device != "cpu":
         raise RecipeError(f"--backend {arguments.backend} runs on the CPU; leave out --device {arguments.device}")
     return arguments
 
@@ -119,18 +121,19 @@ def run(arguments: Arguments) -> None:
     artifact = resolve(arguments.model_config, arguments.checkpoint, task, arguments.base_model)
     folder = prepare_folder(arguments.output_dir)
     splits, missing = _load_splits(task, arguments)
-    results, config = measure(task, artifact, splits, arguments.per_device_eval_batch_size, device, arguments.backend)
+    backend = arguments.backend or (artifact.card.backend if artifact.card else SIMULATED)
+    results, config = measure(task, artifact, splits, arguments.per_device_eval_batch_size, device, backend)
     if not PartialState(cpu=device.type == "cpu").is_main_process:
         return
     print(f"\n{arguments.model_config}\n\n{table(task, results)}\n")
     print("\n".join(notes(task, results, artifact, missing)))
-    print(f"W8A8 runs: {arguments.backend}")
-    path = write(folder, document(task, results, artifact, missing, config.to_dict(), asdict(arguments)))
+    print(f"W8A8 runs: {backend}")
+    path = write(folder, document(task, results, artifact, missing, config.to_dict(), asdict(replace(arguments, backend=backend))))
     print(f"written: {path}")
 
 
 def measure(
-    task: Task, artifact: Artifact, splits: Splits, batch_size: int, device: torch.device | str = "cpu", backend: str = "simulated"
+    task: Task, artifact: Artifact, splits: Splits, batch_size: int, device: torch.device | str = "cpu", backend: str = SIMULATED
 ) -> tuple[list[SplitResult], QuantConfig]:
     """Both models on every split, one model after the other; and how the second is quantized."""
     model = artifact.load_float()
@@ -145,7 +148,7 @@ def measure(
 
     fp32 = evaluate_all("FP32", model)
     sim = artifact.load_simulation()
-    w8a8 = evaluate_all("W8A8", BACKENDS[backend](sim))
+    w8a8 = evaluate_all("W8A8", on_backend(sim, backend))
     both = zip(splits, fp32, w8a8, strict=True)
     return [SplitResult(source, rows_sha256(task, rows), before, after) for (rows, source), before, after in both], sim.config
 

@@ -7,8 +7,9 @@
 ``--output_dir`` is one model's folder. Stage ``quantize`` calibrates it, writes ``quant_mode: true`` in its config.json, and keeps the
 FP32 model and its optimizer, scheduler and trainer state aside in ``full-precision``; it also begins with any fine-tuned model
 (``--model_name_or_path``: a folder, a Hub id, or a card of the zoo, ``bert_w8a8_mrpc``). Stage ``integer`` trains what ``integer_only``
-computes and keeps what it began with aside in ``quantized``. Integer models are evaluated as integers. Flags are those of run_glue.py;
-every field of the recipe is a flag too (``--qat.range_lr 1e-4``).
+computes and keeps what it began with aside in ``quantized``; given a card (``--model_name_or_path bert_w8a8_mrpc``) it calibrates the
+card's FP32 model, trains it low-rank as that was trained, and leaves a bundle for the zoo too. Integer models are evaluated as integers.
+Flags are those of run_glue.py; every field of the recipe is a flag too (``--qat.range_lr 1e-4``).
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import numpy as np
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from model_zoo.cards import find, published
+from model_zoo.cards import Card, find, published
 from model_zoo.publish import RESULTS, write_results
 from quantsim import CalibrationError, CheckpointError, ConfigError, IntegerError, QuantSim, TraceError
 from quantsim.formats.checkpoint import WEIGHTS, file_sha256, is_checkpoint, read_checkpoint
 from quantsim.rewrites.integer_only import ForceDequant
 from recipes.artifacts import from_card
+from recipes.backends import INTEGERS, on_integers
 from recipes.bert_qat import overrides, prepare, results, table
 from recipes.glue_flags import add_glue_flags, glue_overrides
 from recipes.hub import hub_reachable
@@ -41,6 +43,7 @@ from recipes.recipe import Recipe
 from recipes.run import Run, key_of
 from recipes.stages import fine_tune
 from recipes.tasks import RecipeError
+from recipes.trained_on import bundle_of
 
 RECIPES = Path(__file__).parent / "ibert"
 TASKS = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -93,6 +96,8 @@ def quantize_only(run: Run, start: str | None) -> PreTrainedModel:
 def integer(run: Run, start: str | None) -> PreTrainedModel:
     """Stage 3: train the integers."""
     assert start is not None
+    if start in published():
+        return integer_from_card(run, find(start))
     folder = Path(start)
     sim = QuantSim.from_pretrained(folder)
     teacher = read_checkpoint(folder).build()
@@ -100,16 +105,37 @@ def integer(run: Run, start: str | None) -> PreTrainedModel:
     run.metrics |= read_json(folder / RESULTS).get("metrics", {})
     with sim.integer_only_training(run.args.force_dequant):
         train_quantized(run, sim, teacher, key_of("integer-only", run.args.force_dequant, file_sha256(folder / WEIGHTS)))
+    measure_integers(run, sim)
+    if folder == run.folder:
+        set_aside(run.folder, MODEL, QUANTIZED)
+    save(run, sim)
+    return teacher
+
+
+def integer_from_card(run: Run, card: Card) -> PreTrainedModel:
+    """Stages 2 and 3 on a card's FP32 model: a bundle holds what differs from the base, in the card's rank."""
+    model = from_card(card, run.task).load_trainable()
+    run.measure("fp32", model)
+    sim = quantize(run, model)
+    sim.model.config.quant_mode = True  # type: ignore[union-attr]
+    run.measure("quantized", on_integers(sim))
+    with sim.integer_only_training():
+        train_quantized(run, sim, model, key_of("integer-only", card.files))
+    sim = bundle_of(run, card, model, sim, run.metrics["quantized"], INTEGERS)
+    measure_integers(run, sim)
+    save(run, sim)
+    return model
+
+
+def measure_integers(run: Run, sim: QuantSim) -> None:
+    """The integer graph on all rows, against the training form."""
+    with sim.integer_only_training(run.args.force_dequant):
         trained_form = run.evaluate(sim.model, "evaluate the training form")
     integers = run.evaluate(sim.integer_only(run.args.force_dequant).model, "evaluate integers")
     equal = int((np.asarray(trained_form.logits) == integers.logits).all(axis=1).sum())
     run.keep("integer", integers)
     run.metrics["integer"] |= {"equal_to_training_form": equal}
     run.say(f"rows whose logits are those of the training form, bit for bit: {equal} of {integers.rows}")
-    if folder == run.folder:
-        set_aside(run.folder, MODEL, QUANTIZED)
-    save(run, sim)
-    return teacher
 
 
 STAGES = {FULL_PRECISION: full_precision, QUANTIZE: quantize_only, INTEGER: integer}
@@ -164,6 +190,10 @@ def start_of(args: argparse.Namespace) -> str | None:
                 f"a Hub id, or a card of the zoo ({', '.join(published())})"
             )
         return found
+    if named in published():
+        if args.force_dequant != "none":
+            raise RecipeError(f"--force_dequant {args.force_dequant}: a card's model is trained on integers alone; leave it out")
+        return str(named)
     start = Path(named) if named else folder / QUANTIZED if read_config(folder / QUANTIZED) else folder
     if not read_config(start).get("quant_mode") or not is_checkpoint(start):
         raise RecipeError(f"{start}: holds no quantized model (quant_mode: true in config.json); run --stage quantize first")
@@ -201,7 +231,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     changes = {**glue_overrides(args, trained), **overrides(rest)}
     if args.stage == FULL_PRECISION and args.model_name_or_path is not None:
         changes["base_model"] = args.model_name_or_path
-    recipe = read_recipe(args.recipe or RECIPES / f"{args.task}.yaml", changes)
+    args.recipe = args.recipe or RECIPES / f"{args.task}.yaml"
+    recipe = read_recipe(args.recipe, changes)
     args.output_dir = args.output_dir or Path("runs") / recipe.name
     return recipe, args
 

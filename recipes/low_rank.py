@@ -60,9 +60,29 @@ def add_low_rank(model: PreTrainedModel, rank: int, seed: int = 0) -> None:
     if not linears:
         raise ValueError(f"{type(model).__name__}: no nn.Linear inside repeated layers (an nn.ModuleList); train it with method: full")
     for linear in linears:
-        low_rank = LowRank(linear.out_features, linear.in_features, rank, generator).to(linear.weight.device)
-        parametrize.register_parametrization(linear, "weight", low_rank)
-        linear.parametrizations["weight"].original.requires_grad_(False)  # type: ignore[index, union-attr]
+        _attach(linear, LowRank(linear.out_features, linear.in_features, rank, generator))
+    _freeze_tables(model)
+
+
+@torch.no_grad()
+def go_on_low_rank(model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """As :func:`add_low_rank`, going on from the ``(up, down)`` of a checkpoint, by the weights' names."""
+    for name, (up, down) in factors.items():
+        linear = model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(linear, nn.Linear)
+        low_rank = LowRank(linear.out_features, linear.in_features, up.shape[1], torch.Generator())
+        low_rank.up.copy_(up)
+        low_rank.down.copy_(down)
+        _attach(linear, low_rank)
+    _freeze_tables(model)
+
+
+def _attach(linear: nn.Linear, low_rank: LowRank) -> None:
+    parametrize.register_parametrization(linear, "weight", low_rank.to(linear.weight.device))
+    linear.parametrizations["weight"].original.requires_grad_(False)  # type: ignore[index, union-attr]
+
+
+def _freeze_tables(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.requires_grad_(False)

@@ -19,6 +19,7 @@ from pathlib import Path
 from model_zoo.cards import Card, find, published, read_card, write_card
 from quantsim import CalibrationError, CheckpointError, ConfigError, TraceError
 from recipes.artifacts import resolve
+from recipes.backends import SIMULATED, on_backend
 from recipes.bert_qat import add_flags, prepare
 from recipes.quantized_stages import compare_estimators, quantize
 from recipes.reading import build
@@ -64,8 +65,10 @@ def measure_again(name: str, args: argparse.Namespace) -> Card:
     teacher = artifact.load_float()
     run.measure("fp32", teacher)
     compare_estimators(run, teacher)
-    run.measure("ptq", quantize(run, teacher).model)
-    run.measure("qat", artifact.load_simulation().model)
+    for what, sim in (("ptq", quantize(run, teacher)), ("qat", artifact.load_simulation())):
+        run.measure(what, on_backend(sim, found.backend))
+        if found.backend != SIMULATED:
+            run.metrics[what]["backend"] = found.backend
     card = replace(
         found,
         metrics=run.metrics,

@@ -5,7 +5,8 @@
 
 Training leaves two models: in ``--output_dir`` FP32 weights with their ranges, to go on training with, and in ``int8`` under it integers
 for inference alone. ``--mode`` says how the ranges of activations are found (ema, dynamic, none). ``--model_name_or_path`` is a base model,
-a fine-tuned one, or a card of the zoo. Every field of the recipe is a flag too (``--finetune.clip 0.5``).
+a fine-tuned one, or a card of the zoo, whose model is trained low-rank as it was and leaves a bundle too. Every field of the recipe is a
+flag too (``--finetune.clip 0.5``).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from recipes.recipe import Recipe
 from recipes.run import Run, key_of
 from recipes.stages import start
 from recipes.tasks import RecipeError
+from recipes.trained_on import bundle_of
 
 RECIPES = Path(__file__).parent / "q8bert"
 TASKS = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -79,6 +81,7 @@ def train(run: Run) -> None:
     set_dropouts(model, settings.hidden_dropout, settings.attention_dropout)
     if begins_fine_tuned(run):
         run.measure("fp32", model)
+        run.measure("calibrated", calibrated(run, model).model)
     before = tensors_sha256(plain_state(model))
     sim = QuantSim(model.to(run.args.device).train(False), q8bert(run.args.mode), in_place=True)
     rows = run.encoded(run.task, run.train_rows)
@@ -87,6 +90,9 @@ def train(run: Run) -> None:
     key = run.stage_key(key_of(before, run.recipe.seed, sim.config.to_dict()), "q8bert", settings, rows)
     run.stage("q8bert", key, sim.model, rows, settings)
     settle(run, sim)
+    if begins_fine_tuned(run) and run.args.mode == "ema":
+        card = find(run.args.model_name_or_path)
+        sim = bundle_of(run, card, from_card(card, run.task).load_trainable(), sim, run.metrics["calibrated"])
     run.measure("q8bert", sim.model)
     int8 = sim.lower()
     run.measure(INT8, int8.model)
@@ -94,6 +100,13 @@ def train(run: Run) -> None:
     save_whole(run.folder / INT8, int8.save_pretrained, run.tokenizer.save_pretrained)
     write_results(run.folder, {**results(run), "mode": run.args.mode, "bytes": sizes(run.folder), "model": described(model)})
     run.say("\n".join(f"{name}: {size / 1e6:.1f} MB" for name, size in sizes(run.folder).items()))
+
+
+def calibrated(run: Run, model: PreTrainedModel) -> QuantSim:
+    """The same quantizers without training."""
+    sim = QuantSim(copy.deepcopy(model).train(False), q8bert(run.args.mode), in_place=True)
+    calibrate(run, sim)
+    return sim
 
 
 def q8bert(mode: Mode = "ema") -> QuantConfig:
@@ -111,7 +124,7 @@ def starting_model(run: Run) -> PreTrainedModel:
     if name is None:
         return start(run.recipe, run.task, run.task.num_labels)
     if name in published():
-        return from_card(find(name), run.task).load_float()
+        return from_card(find(name), run.task).load_trainable()
     if "quantization_config" in read_config(Path(name)):
         checkpoint = read_checkpoint(name)
         if checkpoint.integers():
@@ -191,7 +204,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     args, rest = parser.parse_known_args(arguments)
     args.stage = "all"
     check(args)
-    recipe = read_recipe(args.recipe or RECIPES / f"{args.task_name}.yaml", {**glue_overrides(args, "finetune"), **overrides(rest)})
+    args.recipe = args.recipe or RECIPES / f"{args.task_name}.yaml"
+    recipe = read_recipe(args.recipe, {**glue_overrides(args, "finetune"), **overrides(rest)})
     args.output_dir = args.output_dir or args.model_path or Path("runs") / recipe.name
     return recipe, args
 

@@ -63,10 +63,14 @@ class Run:
 
     def keep(self, what: str, result: Evaluation) -> dict[str, Any]:
         """Print an evaluation, and keep its metrics under ``what``, with ``rows`` and ``split``."""
-        self.metrics[what] = {**result.metrics, "rows": result.rows, "split": self.eval_split}
+        self.metrics[what] = self.figures(result)
         self.seconds[f"evaluate {what}"] = round(result.seconds, 1)
         self.say(f"{what}: " + ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items()))
         return self.metrics[what]
+
+    def figures(self, result: Evaluation) -> dict[str, Any]:
+        """The metrics, with ``rows`` and ``split``."""
+        return {**result.metrics, "rows": result.rows, "split": self.eval_split}
 
     def evaluate(
         self, model: nn.Module, description: str = "", progress: bool = True, tokenizer: PreTrainedTokenizerBase | None = None

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> Answer:
 
 
 def _contestant(source: Source, backend: str, device: torch.device) -> Contestant:
-    from recipes.backends import BACKENDS
+    from recipes.backends import BACKENDS, on_backend
 
     if backend not in BACKENDS:
         raise CommandError(f"--backend {backend}: no such backend (nearest: {near(backend, BACKENDS, 1)}); there are {', '.join(BACKENDS)}")
@@ -84,7 +84,7 @@ def _contestant(source: Source, backend: str, device: torch.device) -> Contestan
     sim = source.simulation()
     sim.freeze_ranges()  # learned or not, they are what they are
     nn.Module.to(sim.model, device)
-    return Contestant(source.name, backend, sim.model, BACKENDS[backend](sim))  # type: ignore[arg-type]  # of the source's class
+    return Contestant(source.name, backend, sim.model, on_backend(sim, backend))  # type: ignore[arg-type]  # of the source's class
 
 
 def _in_float(name: str, source: Source, device: torch.device) -> Contestant:

@@ -9,20 +9,11 @@
 // which the order doesn't show. Where quantize_2 is off, softmax is float32 with an exp of this file, and may land a step elsewhere.
 // A block of ROWS queries is kept in the cache from its first product to its last.
 
-#if !defined(__AVX512VNNI__) || !defined(__AVX512BW__) || !defined(__AVX512VL__)
-#error "attention on integers needs AVX-512 with VNNI"
-#endif
+#include "vnni.h"
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 namespace {
-
-constexpr int LANES = 16, ROWS = 8, PART = 4;  // floats of a register; queries of a block; bytes that one instruction sums
 
 // x -> clamp(round(x / scale), low, high), in steps; low and high count from the zero point
 struct Grid {
@@ -93,36 +84,6 @@ inline __m512 exp_of(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
-// c[ROWS, n] = a[ROWS, 4 * parts] (uint8) @ b[4 * parts, n] (int8, as [parts, n, 4]); n is a multiple of LANES
-template <int WIDTH>
-inline void tile(const uint8_t *a, int64_t a_row, const int8_t *b, int64_t n, int64_t parts, int32_t *c) {
-  __m512i sum[ROWS / 2][WIDTH];
-  for (int half = 0; half < ROWS; half += ROWS / 2) {
-    for (auto &row : sum)
-      for (auto &x : row) x = _mm512_setzero_si512();
-    for (int64_t part = 0; part < parts; ++part) {
-      __m512i right[WIDTH];
-      for (int j = 0; j < WIDTH; ++j) right[j] = _mm512_loadu_si512(b + (part * n + j * LANES) * PART);
-      for (int i = 0; i < ROWS / 2; ++i) {
-        int32_t four;
-        std::memcpy(&four, a + (half + i) * a_row + part * PART, sizeof four);
-        const __m512i left = _mm512_set1_epi32(four);
-        for (int j = 0; j < WIDTH; ++j) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], left, right[j]);
-      }
-    }
-    for (int i = 0; i < ROWS / 2; ++i)
-      for (int j = 0; j < WIDTH; ++j) _mm512_storeu_si512(c + (half + i) * n + j * LANES, sum[i][j]);
-  }
-}
-
-void product(const uint8_t *a, int64_t a_row, const int8_t *b, int64_t n, int64_t parts, int32_t *c) {
-  int64_t j = 0;
-  for (; j + 4 * LANES <= n; j += 4 * LANES) tile<4>(a, a_row, b + j * PART, n, parts, c + j);
-  for (; j < n; j += LANES) tile<1>(a, a_row, b + j * PART, n, parts, c + j);
-}
-
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // What one thread needs for one head.
 struct Buffers {
   int64_t keys, depth;                // padded: keys to LANES, depth is a multiple of it
@@ -138,55 +99,19 @@ struct Buffers {
 };
 
 void pack_keys(const Attention &a, const uint8_t *k, Buffers &to) {
-  const uint32_t flip = 0x01010101u * static_cast<uint32_t>(a.k_flip);
-  const __m512i ones = _mm512_set1_epi32(0x01010101);
-  auto *packed = reinterpret_cast<uint32_t *>(to.k.data());
-  std::fill(to.k.begin(), to.k.end(), 0);
-  for (int64_t j = 0; j < a.keys; ++j)
-    for (int64_t part = 0; part < a.depth / PART; ++part) {
-      uint32_t four;
-      std::memcpy(&four, k + j * a.k_at.row + part * PART, sizeof four);
-      packed[part * to.keys + j] = four ^ flip;
-    }
-  for (int64_t j = 0; j < to.keys; j += LANES) {
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t part = 0; part < a.depth / PART; ++part)
-      sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(packed + part * to.keys + j));
-    const __m512i whole = _mm512_set1_epi32(static_cast<int32_t>(a.depth) * a.q_zero * a.k_zero);
-    const __m512i taken = _mm512_sub_epi32(whole, _mm512_mullo_epi32(sum, _mm512_set1_epi32(a.q_zero)));
-    _mm512_storeu_si512(to.k_sums.data() + j, taken);
-  }
+  pack_rows(k, a.k_at.row, a.keys, a.depth, to.keys, static_cast<uint8_t>(a.k_flip), to.k.data());
+  column_sums(to.k.data(), a.depth / PART, to.keys, -a.q_zero, to.k_sums.data());
+  const int32_t whole = static_cast<int32_t>(a.depth) * a.q_zero * a.k_zero;
+  for (int64_t j = 0; j < to.keys; ++j) to.k_sums[j] += whole;
 }
 
 void pack_values(const Attention &a, const uint8_t *v, Buffers &to) {
-  const __m128i flip = _mm_set1_epi8(static_cast<char>(a.v_flip));
+  pack_columns(v, a.v_at.row, a.keys, a.depth, a.depth, static_cast<uint8_t>(a.v_flip), to.v.data());
   std::fill(to.v_sums.begin(), to.v_sums.end(), 0);
-  for (int64_t part = 0; part < to.keys / PART; ++part)
-    for (int64_t d = 0; d < a.depth; d += LANES) {
-      __m128i row[PART];
-      for (int i = 0; i < PART; ++i) {
-        const int64_t key = part * PART + i;
-        row[i] = key < a.keys ? _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i *>(v + key * a.v_at.row + d)), flip)
-                              : _mm_setzero_si128();
-      }
-      const __m128i low01 = _mm_unpacklo_epi8(row[0], row[1]), high01 = _mm_unpackhi_epi8(row[0], row[1]);
-      const __m128i low23 = _mm_unpacklo_epi8(row[2], row[3]), high23 = _mm_unpackhi_epi8(row[2], row[3]);
-      auto *out = reinterpret_cast<__m128i *>(to.v.data() + (part * a.depth + d) * PART);
-      _mm_storeu_si128(out + 0, _mm_unpacklo_epi16(low01, low23));
-      _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(low01, low23));
-      _mm_storeu_si128(out + 2, _mm_unpacklo_epi16(high01, high23));
-      _mm_storeu_si128(out + 3, _mm_unpackhi_epi16(high01, high23));
-    }
   if (a.p_zero == 0) return;
-  const __m512i ones = _mm512_set1_epi32(0x01010101);
-  for (int64_t d = 0; d < a.depth; d += LANES) {
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t part = 0; part < to.keys / PART; ++part)
-      sum = _mm512_dpbusd_epi32(sum, ones, _mm512_loadu_si512(to.v.data() + (part * a.depth + d) * PART));
-    const int32_t whole = static_cast<int32_t>(a.keys) * a.p_zero * a.v_zero;
-    _mm512_storeu_si512(to.v_sums.data() + d,
-                        _mm512_sub_epi32(_mm512_set1_epi32(whole), _mm512_mullo_epi32(sum, _mm512_set1_epi32(a.p_zero))));
-  }
+  column_sums(to.v.data(), up(a.keys, PART) / PART, a.depth, -a.p_zero, to.v_sums.data());
+  const int32_t whole = static_cast<int32_t>(a.keys) * a.p_zero * a.v_zero;
+  for (int64_t d = 0; d < a.depth; ++d) to.v_sums[d] += whole;
 }
 
 int32_t sum_of(const uint8_t *x, int64_t n) {

@@ -29,7 +29,8 @@ def library(source: Path) -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     try:
         known = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        what = "\n".join((source.read_text(encoding="utf-8"), known, *FLAGS, _cpu()))
+        texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+        what = "\n".join((*texts, known, *FLAGS, _cpu()))
         folder = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "quantsim").expanduser() / "kernels"
         path = folder / f"{source.stem}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
         if not path.exists():

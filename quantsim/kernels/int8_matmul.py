@@ -1,13 +1,16 @@
 """Products of integers that stay integers: int8 (or uint8) times int8, summed in int32, exact.
 
-``torch._int_mm`` is the kernel (oneDNN). It takes matrices; a batch of them is one call each, inside one operator, so that a compiler sees
-no loop. Where the kernel is missing or saturates, float32 products take its place, of so few terms that each sum is an exact integer.
+``torch._int_mm`` is the kernel (oneDNN). It takes matrices; a batch of them is a kernel of ours (``batched``), or one call each, inside
+one operator, so that a compiler sees no loop. Where oneDNN's kernel is missing or saturates, float32 products take its place, of so few
+terms that each sum is an exact integer.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from quantsim.kernels.batched import batched_matmul, missing_for_batches
 
 LARGEST_SUM, LARGEST_AFFINE_SUM = (2**31 - 1) // (255 * 128), (2**31 - 1) // (255 * 255)
 """So many products of a uint8 and an int8 fit into an int32, whatever they are: 65,793, or 33,025 of two differences
@@ -87,6 +90,8 @@ def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
     right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+    if not missing_for_batches():
+        return batched_matmul(left, right).reshape(*batch, a.shape[-2], b.shape[-1])
     out = torch.empty(len(left), a.shape[-2], b.shape[-1], dtype=torch.int32, device=a.device)
     for x, y, z in zip(left, right, out, strict=True):
         torch._int_mm(x, y, out=z)

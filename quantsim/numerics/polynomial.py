@@ -75,6 +75,8 @@ EXP_SCALE = math.log(2) / 2**EXP_BITS
 """The scale of what :func:`i_exp` takes: ln 2 is 2**14, so the split of eq. 12 is a shift and a mask."""
 _EXP_SHIFT = 15
 _B, _C = round(EXP_B / EXP_SCALE), round(EXP_C / EXP_A / EXP_SCALE**2)
+EXP_NUMBERS = EXP_BITS, _B, _C, _EXP_SHIFT - 1
+"""All that :func:`i_exp` computes with, for kernels."""
 EXP_OUT_SCALE = EXP_A * EXP_SCALE**2 * 2**_EXP_SHIFT
 EXP_OF_0 = ((_B * _B + _C >> (_EXP_SHIFT - 1)) + 1) >> 1
 """What :func:`i_exp` gives for 0: its largest value, 16 bits."""

@@ -19,7 +19,7 @@ from model_zoo.cards import Card, NotPublishedError, file_records, find, how_to_
 from model_zoo.format import BUNDLED, MEASURED, RECIPE_ONLY
 from model_zoo.publish import VALIDATION_ROWS
 from quantsim import CheckpointError, QuantConfig
-from recipes.tasks import MODEL_CONFIGS, task_of
+from recipes.tasks import MODEL_CONFIGS, find_task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,9 +139,9 @@ def test_find(zoo: Path) -> None:
         find("bert_w8a8_cola")
 
 
-@pytest.mark.parametrize("name", MODEL_CONFIGS)
+@pytest.mark.parametrize("name", [*MODEL_CONFIGS, "bert_w8a16_rte", "ibert_mrpc", "q8bert_cola"])
 def test_the_command_that_trains_it_names_a_recipe_that_is_there(name: str) -> None:
-    (path,) = re.findall(r"--recipe (\S+)`", how_to_train(name))
+    (path,) = re.findall(r"--recipe ([^\s`]+)", how_to_train(name))
     assert (ROOT / path).is_file()
 
 
@@ -208,10 +208,10 @@ def test_it_runs_as_a_module() -> None:
 @pytest.mark.parametrize("name", names())
 def test_a_card_of_the_zoo(name: str) -> None:
     card = find(name)
-    task = task_of(name)
-    assert name in MODEL_CONFIGS
-    assert (card.task, card.num_labels) == (task.name, task.num_labels)
-    assert card.recipe == f"recipes/bert_w8a8/{task.name}.yaml"
+    task = find_task(card.task)
+    assert name.endswith(f"_{task.name}")
+    assert card.num_labels == task.num_labels
+    assert f"--recipe {card.recipe}" in how_to_train(name)
     assert card.where in (BUNDLED, RECIPE_ONLY)
     if card.where == RECIPE_ONLY:
         assert card.note

@@ -18,7 +18,7 @@ from quantsim.graph.roles import is_float, op_of, resolve
 from quantsim.graph.trace import whole_numbers
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 from quantsim.quantizers.in_graph import quantizer_of
-from quantsim.rewrites.integer_only.builder import Builder, unsupported
+from quantsim.rewrites.integer_only.builder import Builder, Tables, unsupported
 from quantsim.rewrites.integer_only.masks import is_mapped, mapped, of_ids
 from quantsim.rewrites.integer_only.rules import FORCED, RULES, supported
 from quantsim.rewrites.integer_only.tables import functions_to_tables
@@ -60,12 +60,17 @@ def integer_only(
 
 @torch.no_grad()
 def convert(
-    graph: fx.GraphModule, force_dequant: str, kernel: bool, tables: bool = True, names: Mapping[str, str] | None = None
+    graph: fx.GraphModule,
+    force_dequant: str,
+    kernel: bool,
+    tables: bool = True,
+    names: Mapping[str, str] | None = None,
+    kept: Tables | None = None,
 ) -> Converted:
-    """:func:`integer_only`, with what became of every edge."""
+    """:func:`integer_only`, with what became of every edge; ``kept`` is filled with large constants, and read at the next call."""
     if force_dequant not in FORCED:
         raise IntegerError(f"force_dequant: {force_dequant!r}; expected one of {', '.join(FORCED)}")
-    b = Builder(graph, FORCED[force_dequant], kernel)
+    b = Builder(graph, FORCED[force_dequant], kernel, kept)
     for node in graph.graph.nodes:
         b.computes = (names or {}).get(node.name, _edge(b, node))
         b.value[node] = _value(b, node)

@@ -13,6 +13,7 @@ from quantsim.graph.roles import resolve
 from quantsim.kernels.edges import COMPUTES, from_integers, to_integers
 from quantsim.numerics.dyadic import INT32_MAX, OverflowRisk, channel_rescale, dyadic, rescale, rescale_channels
 from quantsim.numerics.polynomial import NORM_IN_BITS
+from quantsim.quantizers.fake_quantizer import WeightQuantizer, fingerprint
 from quantsim.rewrites.integer_only.values import Channels, Choice, Constant, Floats, IntegerError, Ints, Value
 from quantsim.rewrites.lower_int8.weights import ROOM
 from quantsim.rewrites.lower_int8.whole import put
@@ -21,6 +22,10 @@ SUM_BITS = NORM_IN_BITS
 """A sum (of embeddings, or a residual's) has as many bits as a norm takes."""
 FACTOR_BITS = 16
 """A factor that is computed, and rows that have no quantizer."""
+
+
+Tables = dict[str, tuple[object, Tensor]]
+"""Quantizer's name → what its constant was worked out from, and the constant."""
 
 
 class Builder:
@@ -33,14 +38,16 @@ class Builder:
         outputs: node of the simulation that the model gives → its dequantized form.
         kernel: products run on oneDNN's kernel.
         computes: the edge that is being converted, for reports.
+        tables: what is kept from one building to the next.
     """
 
-    def __init__(self, source: fx.GraphModule, forced: frozenset[str], kernel: bool) -> None:
+    def __init__(self, source: fx.GraphModule, forced: frozenset[str], kernel: bool, tables: Tables | None = None) -> None:
         self.source, self.forced, self.kernel = source, forced, kernel
         self.graph, self.root = fx.Graph(), nn.Module()
         self.value: dict[fx.Node, Value] = {}
         self.outputs: dict[fx.Node, fx.Node] = {}
         self.computes = ""
+        self.tables: Tables = {} if tables is None else tables
         self._constants: dict[str, fx.Node] = {}
         self._count = 0
 
@@ -62,6 +69,13 @@ class Builder:
         if name is not None:
             self._constants[name] = node
         return node
+
+    def worked_out(self, quantizer: WeightQuantizer, weight: Tensor, work_out: Callable[[], Tensor]) -> Tensor:
+        """A large constant; the one before where neither the weight nor its range has changed since."""
+        key = tuple(fingerprint(x) for x in (weight, *quantizer.range_tensors().values()))
+        if self.tables.get(quantizer.name, ((), None))[0] != key:
+            self.tables[quantizer.name] = key, work_out()
+        return self.tables[quantizer.name][1]
 
     def copy(self, node: fx.Node) -> fx.Node:
         """The same node on plain nodes, with what it reads of the source kept as buffers."""

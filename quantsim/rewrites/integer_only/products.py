@@ -26,10 +26,11 @@ def embedding(b: Builder, node: fx.Node) -> Value:
     quantizer = quantizer_of(reader, b.source)
     if isinstance(quantizer, WeightQuantizer) and quantizer.spec.bits <= 8:
         params = quantizer.affine_params()
-        q, dtype = quantize(weight, params), torch.int8 if params.quant_min < 0 else torch.uint8
+        dtype = torch.int8 if params.quant_min < 0 else torch.uint8
         zero_point, scale = int(params.zero_point), float(params.scale)
         bound = max(abs(params.quant_min - zero_point), abs(params.quant_max - zero_point))
-        rows = b.keep(q.to(dtype), f"{quantizer.name}.rows")
+        q = b.worked_out(quantizer, weight, lambda: quantize(weight, params).to(dtype))
+        rows = b.keep(q, f"{quantizer.name}.rows")
         return Ints(b.emit(aten.embedding.default, rows, ids), scale, bound, zero_point, dtype)
     if isinstance(quantizer, WeightQuantizer):
         weight = quantizer(weight)
@@ -49,16 +50,16 @@ def linear(b: Builder, node: fx.Node) -> Value:
         raise unsupported(node, f"{quantizer.name} is {quantizer.spec}; an integer product needs symmetric weights of 8 bits or fewer")
     params = quantizer.affine_params()
     q = quantize(constant(b, node, WEIGHTS["linear"].index), params).to(torch.int8)  # [out, in]
-    wide = q.double()
+    sums, sizes = q.sum(1).double(), q.to(torch.int16).abs().sum(1).double()
     scale = (params.scale.double() * x.scale).expand(len(q))
     bias = constant(b, node, 2).double() if len(node.args) > 2 and node.args[2] is not None else torch.zeros(len(q), dtype=torch.float64)
     most = 255 if x.dtype == torch.uint8 else 128
-    bound = wide.abs().sum(1) * most
+    bound = sizes * most
     if float(bound.max()) > INT32_MAX:
         raise unsupported(node, f"a sum over {q.shape[1]} products may overflow 32 bits")
     stored = b.emit(aten.t.default, b.keep(q, f"{quantizer.name}.rows"))  # [out, in] -> [in, out]
     product = b.emit(int8_matmul, x.node, stored, b.kernel)
-    return Channels(product, scale, bias - x.zero_point * scale * wide.sum(1), bound)
+    return Channels(product, scale, bias - x.zero_point * scale * sums, bound)
 
 
 def matmul(b: Builder, node: fx.Node) -> Value:

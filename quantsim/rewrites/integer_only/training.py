@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from quantsim.kernels.edges import from_integers
 from quantsim.numerics.affine import straight_through
 from quantsim.rewrites.integer_only import Converted, ForceDequant, convert
+from quantsim.rewrites.integer_only.builder import Tables
 
 
 class IntegerOnlyTraining:
@@ -29,9 +30,10 @@ class IntegerOnlyTraining:
 
     def __init__(self, graph: fx.GraphModule, force_dequant: ForceDequant = "none", *, kernel: bool = True) -> None:
         self.graph, self.force_dequant, self.kernel = graph, force_dequant, kernel
+        self.kept: Tables = {}
 
     def __call__(self, **inputs: Tensor) -> Any:
-        integers = convert(self.graph, self.force_dequant, self.kernel, tables=False)
+        integers = convert(self.graph, self.force_dequant, self.kernel, tables=False, kept=self.kept)
         with torch.no_grad():
             recorder = _Recorder(integers)
             recorder.run(*_in_order(integers.graph, inputs))
