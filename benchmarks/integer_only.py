@@ -53,7 +53,7 @@ def contenders(shape: str, rows: int, length: int, compiles: bool) -> dict[str, 
     config = BertConfig(num_labels=2, **SHAPES[shape])
     model = BertForSequenceClassification(config).eval()
     batch = batch_of(rows, length, config.vocab_size)
-    aimet, ibert = simulated(model, "deploy", batch), simulated(model, "ibert", batch)
+    aimet, ibert = simulated(model, "aimet", batch), simulated(model, "ibert", batch)
     same = SHAPES[shape] | {"num_labels": 2, "vocab_size": config.vocab_size, "max_position_embeddings": length + 2}
     reference = IBertForSequenceClassification(IBertConfig(**same, quant_mode=True))
     reference.train()
@@ -61,13 +61,12 @@ def contenders(shape: str, rows: int, length: int, compiles: bool) -> dict[str, 
         reference(**batch)  # its ranges move in training alone
     models = {
         FP32: model,
-        "lower(), preset deploy": aimet.lower().model,
+        "lower(), preset aimet": aimet.lower().model,
         "integer only": ibert.integer_only().model,
         "transformers ibert, quant_mode": reference.eval(),
     }
     if compiles:
-        models["lower(), preset deploy, compiled"] = aimet.lower().compile().model
-        models["integer only, compiled"] = ibert.integer_only().compile().model
+        models["lower(), preset aimet, compiled"] = aimet.lower().compile().model
     return {name: forward(m, batch) for name, m in models.items()}
 
 
@@ -112,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--eager", action="store_true", help="leave the compiled contenders out: compiling takes minutes")
+    parser.add_argument("--eager", action="store_true", help="leave the compiled contender out: compiling takes minutes")
     parser.add_argument("--output", type=Path, default=None, help="write the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -13,8 +13,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from quantsim import IntegerError, QuantConfig, QuantSim, Rule, find_floats, integer_only
 from quantsim.kernels.edges import look_up
 from quantsim.kernels.int8_matmul import int8_matmul
-from quantsim.numerics.dyadic import rescale
-from quantsim.numerics.polynomial import i_gelu, i_tanh
+from quantsim.kernels.integer_rows import IntegerRows
+from quantsim.numerics.dyadic import rescale, rescale_channels
+from quantsim.numerics.polynomial import i_gelu, i_normalize, i_softmax, i_tanh
 from quantsim.quantizers.fake_quantizer import State
 from tests.rewrites.integer_models import BUILT_ON, FAMILIES, batch_of, model_of, simulated
 from tests.tiny import tensors_of
@@ -62,6 +63,21 @@ def hidden_float(x: Tensor) -> Tensor:
 
 
 # ---- values ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_between_products_in_one_pass_are_the_graphs_bits(family):
+    integers = simulated(family).integer_only()
+    if integers.unfused:
+        pytest.skip(integers.unfused)
+    fused = integers.model.__dict__["forward"].graph
+    assert sum(isinstance(module, IntegerRows) for module in fused.modules()) > 5
+    alone = {node.target for node in fused.graph.nodes} & {rescale, rescale_channels, i_gelu, i_softmax, i_normalize, i_tanh}
+    assert not alone
+    for seed, (rows, length) in enumerate([(4, 10), (1, 1), (3, 17)]):
+        batch = batch_of(rows, length, seed)
+        with torch.no_grad():
+            assert torch.equal(integers.model(**batch).logits, integers.graph(**batch).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
