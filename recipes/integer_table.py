@@ -1,9 +1,9 @@
-"""What integer-only BERT and Q8BERT scored: ``integer_results.csv``, and the table in ``docs/integers.md`` that is made from it.
+"""What integer-only BERT and Q8BERT scored: ``integer_results.csv``, and what is made of it in ``docs/integers.md`` and the README.
 
     python recipes/integer_table.py runs/ibert_mrpc runs/q8bert_mrpc
 
 adds what ``ibert_finetune.py`` and ``q8bert.py`` wrote in these folders (in place of an earlier run of the same recipe) and makes the
-table anew; without folders it makes the table alone.
+tables anew; without folders it makes the tables alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from model_zoo.results import csv_text
 from recipes.tasks import RecipeError, find_task
 
 ROOT = Path(__file__).resolve().parents[1]
-CSV, DOCUMENT = ROOT / "recipes" / "integer_results.csv", ROOT / "docs" / "integers.md"
+CSV, DOCUMENT, README = ROOT / "recipes" / "integer_results.csv", ROOT / "docs" / "integers.md", ROOT / "README.md"
 BEGIN, END = "<!-- integers -->", "<!-- /integers -->"
 SETTINGS = ("lr", "epochs", "seed", "date")
 FIELDS = (
@@ -42,20 +42,22 @@ FIELDS = (
     "date",
 )
 HEADERS = ("system", "task", "metric", "model, source", "rows", "FP32", "before training", "after", "on int8 kernels")
+SUMMARY = ("task", "FP32", "I-BERT calibrated", "trained", "Q8BERT calibrated", "trained", "on int8 kernels")
 OURS = "measured here"
 PARTIAL = ("fold", "max_steps", "max_train_rows", "max_eval_rows")
 Row = dict[str, str]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Add the runs in these folders, and write both files."""
+    """Add the runs in these folders, and write all three files."""
     try:
         rows = with_runs(read_rows(), [row_of(Path(folder)) for folder in arguments])
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     CSV.write_text(csv_text(rows, FIELDS), encoding="utf-8")
-    DOCUMENT.write_text(in_document(DOCUMENT.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    for path, made in ((DOCUMENT, table(rows)), (README, summary(rows))):
+        path.write_text(in_document(path.read_text(encoding="utf-8"), made), encoding="utf-8")
     return 0
 
 
@@ -90,7 +92,7 @@ def row_of(folder: Path) -> Row:
         "metric": metric,
         "rows": str(after["rows"]),
         "fp32": figure("fp32"),
-        "before": figure("quantized"),
+        "before": figure("quantized" if integer_only else "calibrated"),
         "after": f"{after[metric]:.2f}",
         "int8": figure("int8"),
         "equal_rows": str(after.get("equal_to_training_form", "")),
@@ -137,11 +139,25 @@ def table(rows: Sequence[Row]) -> str:
     return tabulate(lines, HEADERS, tablefmt="github", disable_numparse=True, colalign=("left",) * 4 + ("right",) * 5)
 
 
-def in_document(text: str, rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[Row]) -> str:
+    """A line a task: what was measured here, of both systems, and the means where there are five tasks."""
+    ours = {(system(row), row["task"]): row for row in rows if row["source"] == OURS}
+    parts = (("I-BERT", "fp32"), ("I-BERT", "before"), ("I-BERT", "after"), ("Q8BERT", "before"), ("Q8BERT", "after"), ("Q8BERT", "int8"))
+    tasks = sorted({task for _, task in ours})
+    metrics = {row["task"]: row["metric"] for row in ours.values()}
+    lines = [[f"{task}, {metrics[task]}", *(ours.get((name, task), {}).get(part, "") for name, part in parts)] for task in tasks]
+    columns = list(zip(*lines, strict=True))[1:]
+    means = [f"{sum(map(float, column)) / len(column):.2f}" if all(column) else "" for column in columns]
+    return tabulate(
+        [*lines, ["mean", *means]], SUMMARY, tablefmt="github", disable_numparse=True, colalign=("left", *("right",) * len(parts))
+    )
+
+
+def in_document(text: str, made: str) -> str:
     """The document with its table made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
 if __name__ == "__main__":

@@ -32,6 +32,15 @@ def int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     return product
 
 
+def int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """``torch._int_mm``: ``[m, k]`` of int8 or uint8 times int8 ``[k, n]``, in int32.
+
+    A ``b`` of one row is given a row's stride: with strides ``(1, 1)``, as the transpose of a column has them, torch 2.13 returns
+    memory that nobody wrote to.
+    """
+    return torch._int_mm(a, b.as_strided(b.shape, (b.shape[1], 1)) if len(b) == 1 and b.stride(1) == 1 else b)
+
+
 def affine_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, kernel: bool) -> Tensor:
     """``(a - zero_a) @ (b - zero_b)`` in int32, exact, for int8 or uint8 on either side.
 
@@ -86,7 +95,7 @@ def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
         return _in_float32(a, b)
     if b.ndim == 2:
         rows = a.reshape(-1, a.shape[-1])
-        return torch._int_mm(rows, b).reshape(*a.shape[:-1], b.shape[-1])
+        return int_mm(rows, b).reshape(*a.shape[:-1], b.shape[-1])
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
     left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
     right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])

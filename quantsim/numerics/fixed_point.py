@@ -150,13 +150,18 @@ def from_accumulator(accumulator: Tensor, exponent: int, bias: Tensor | None = N
         exponent: from -252 to 252.
         bias: ``[n]``, added in float32.
     """
-    half = exponent // 2 if abs(exponent) > -LEAST_EXPONENT else exponent
-    factors = torch.tensor([math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)], device=accumulator.device)
+    factors = torch.tensor(factors_of(exponent), device=accumulator.device)
     if bias is None:
         flat = _plain(accumulator.reshape(-1))
         return _kernel(_inverse, flat)(flat, factors).reshape(accumulator.shape)
     rows = _plain(accumulator.reshape(-1, accumulator.shape[-1]))
     return _kernel(_inverse_with_bias, rows)(rows, factors, _plain(bias.detach().float())).reshape(accumulator.shape)
+
+
+def factors_of(exponent: int) -> tuple[float, float]:
+    """Two factors that make ``2**exponent``, neither of them infinite or zero in float32."""
+    half = exponent // 2 if abs(exponent) > -LEAST_EXPONENT else exponent
+    return math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
 
 
 def mantissa_dtype(bits: int) -> torch.dtype:

@@ -13,7 +13,8 @@
 
 Each product of digits is an exact int32. They are put together as ``sum 256**(i+j) * P_ij``: in int32 where the sum of all magnitudes,
 at most ``K * (2**(a-1) + 256) * (2**(b-1) + 256)``, is below ``2**31`` (10 bits up to ``K = 3640``), else in float64, which is
-exact as long as it is below ``2**53``: at 16 × 16 bits ``K * 2**30.03``, so for every ``K <= 2**22``. That is where products stop.
+exact as long as it is below ``2**53``: at 16 × 16 bits ``K * 2**30.03``, so for every ``K <= 2**22``. That is where products stop. Where
+there is a C++ compiler, cutting is one pass over an operand, and putting together one over the products, in int64 (``kernels.digits``).
 
 **Where there is no such kernel** (batches of matrices, other devices, CPUs whose int8 kernels saturate, ``K >= 131072``) the product is
 one of float32 where every partial sum is below ``2**24``, else of float64: integers below these bounds are exact in them, in any order.
@@ -26,7 +27,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quantsim.numerics.fixed_point import FixedPoint, FixedPointError, from_accumulator, limit_of
+from quantsim.kernels.digits import cut, missing_for_digits, sums, together
+from quantsim.kernels.int8_matmul import int_mm
+from quantsim.numerics.fixed_point import FixedPoint, FixedPointError, factors_of, from_accumulator, limit_of
 
 LARGEST_K = 2**22
 INT8_KERNEL_K = 2**17
@@ -40,7 +43,10 @@ def multiply(a: FixedPoint, b: FixedPoint, bias: Tensor | None = None) -> Tensor
         b: ``[*, k, m]``.
         bias: ``[m]``.
     """
-    return from_accumulator(integer_matmul(a.mantissa, b.mantissa, a.bits, b.bits), a.exponent + b.exponent, bias)
+    exponent = a.exponent + b.exponent
+    if max(a.bits, b.bits) > 8 and _on_int8_kernel(a.mantissa, b.mantissa) and not missing_for_digits():
+        return _by_digits_in_one_pass(a, b, factors_of(exponent), bias)
+    return from_accumulator(integer_matmul(a.mantissa, b.mantissa, a.bits, b.bits), exponent, bias)
 
 
 def integer_matmul(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:
@@ -61,12 +67,17 @@ def integer_matmul(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:
     if k > LARGEST_K:
         raise FixedPointError(f"a product over {k} terms; expected {LARGEST_K} or fewer (cut the batch)")
     largest = k * limit_of(a_bits) * limit_of(b_bits)
-    if a.ndim > 2 or b.ndim > 2 or k >= INT8_KERNEL_K or a.device.type != "cpu" or not int8_kernel_is_exact():
+    if not _on_int8_kernel(a, b):
         dtype = torch.float32 if largest < 2**24 and a.device.type == "cpu" else torch.float64  # a GPU's float32 may be TF32
         return a.to(dtype) @ b.to(dtype)
     if a_bits <= 8 and b_bits <= 8:
-        return torch._int_mm(a, b)
+        return int_mm(a, b)
     return _by_digits(a, b, a_bits, b_bits)
+
+
+def _on_int8_kernel(a: Tensor, b: Tensor) -> bool:
+    """A product of two matrices whose sums fit the int8 kernel, on a machine that has it."""
+    return a.ndim == b.ndim == 2 and a.shape[-1] < INT8_KERNEL_K and a.device.type == "cpu" and int8_kernel_is_exact()
 
 
 @cache
@@ -89,12 +100,27 @@ def _by_digits(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:
     total = torch.zeros(a.shape[0], b.shape[1], dtype=dtype)
     for i, a_digit in enumerate(a_digits):
         for j, b_digit in enumerate(b_digits):
-            total.add_(torch._int_mm(a_digit, b_digit), alpha=256 ** (i + j))
+            total.add_(int_mm(a_digit, b_digit), alpha=256 ** (i + j))
     if b_offset:  # sum a' = sum a - k * offset_a
         total += b_offset * (a.sum(1, keepdim=True, dtype=torch.int64) - k * a_offset).to(dtype)
     if a_offset:
         total += a_offset * (b.sum(0, keepdim=True, dtype=torch.int64) - k * b_offset).to(dtype)
     return total + k * a_offset * b_offset if a_offset and b_offset else total
+
+
+def _by_digits_in_one_pass(a: FixedPoint, b: FixedPoint, factors: tuple[float, float], bias: Tensor | None) -> Tensor:
+    """:func:`_by_digits`, mapped back: one pass cuts an operand, one puts the products together, in 64 bits."""
+    k = a.mantissa.shape[1]
+    (a_digits, a_offset), (b_digits, b_offset) = _cut(a), _cut(b)
+    products = [(int_mm(x, y), 8 * (i + j)) for i, x in enumerate(a_digits) for j, y in enumerate(b_digits)]
+    rows = sums(a.mantissa, 1, b_offset, -k * a_offset * b_offset) if b_offset else None  # sum a' = sum a - k * offset_a
+    columns = sums(b.mantissa, 0, a_offset, 0) if a_offset else None  # sum b' + k * offset_b = sum b
+    return together(products, rows, columns, factors, bias if bias is None else bias.detach().float())
+
+
+def _cut(x: FixedPoint) -> tuple[tuple[Tensor, ...], int]:
+    """:func:`digits`, in one pass."""
+    return ((x.mantissa,), 0) if x.bits <= 8 else (cut(x.mantissa, x.bits == 16), 128 if x.bits == 16 else 0)
 
 
 def digits(m: Tensor, bits: int) -> tuple[tuple[Tensor, ...], int]:

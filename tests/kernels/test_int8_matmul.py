@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantsim.kernels import cpu
-from quantsim.kernels.int8_matmul import LARGEST_AFFINE_SUM, LARGEST_SUM, affine_matmul, int8_matmul
+from quantsim.kernels.int8_matmul import LARGEST_AFFINE_SUM, LARGEST_SUM, affine_matmul, int8_matmul, int_mm
 
 KERNEL = not cpu.missing_for_int8()
 ENDS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
@@ -68,3 +68,13 @@ def test_the_largest_sums_of_differences(a, b, za, zb):
     n = LARGEST_AFFINE_SUM
     x, y = torch.full((1, n), a, dtype=torch.uint8), torch.full((n, 1), b, dtype=torch.uint8)
     assert affine_matmul(x, y, za, zb, KERNEL).item() == (a - za) * (b - zb) * n
+
+
+def test_one_term_a_sum_with_the_strides_of_a_transposed_column() -> None:
+    """torch._int_mm returns memory that nobody wrote to there (torch 2.13)."""
+    if not KERNEL:
+        pytest.skip(cpu.missing_for_int8())
+    a, b = torch.full((17, 1), 5, dtype=torch.int8), torch.full((2, 1), 3, dtype=torch.int8).t()
+    assert b.stride() == (1, 1)
+    assert (int_mm(a, b) == 15).all()
+    assert (int8_matmul(a, b, kernel=True) == 15).all()
