@@ -3,6 +3,38 @@
 #include <cstdint>
 #include <vector>
 
+namespace {
+
+constexpr int64_t BLOCK = 256, PART = 1 << 15;  // columns at a time; so many int16 an int32 adds up
+
+template <class T>
+void of_columns(const T *m, int64_t rows, int64_t columns, int64_t a, int64_t b, int64_t *out) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t sum = 0;
+    for (int64_t c = 0; c < columns; ++c) sum += m[r * columns + c];
+    out[r] = a * sum + b;
+  }
+}
+
+template <class T>
+void of_rows(const T *m, int64_t rows, int64_t columns, int64_t a, int64_t b, int64_t *out) {
+#pragma omp parallel for schedule(static)
+  for (int64_t first = 0; first < columns; first += BLOCK) {
+    const int64_t width = columns - first < BLOCK ? columns - first : BLOCK;
+    int64_t sums[BLOCK] = {};
+    for (int64_t from = 0; from < rows; from += PART) {
+      int32_t part[BLOCK] = {};
+      for (int64_t r = from; r < rows && r < from + PART; ++r)
+        for (int64_t c = 0; c < width; ++c) part[c] += m[r * columns + first + c];
+      for (int64_t c = 0; c < width; ++c) sums[c] += part[c];
+    }
+    for (int64_t c = 0; c < width; ++c) out[first + c] = a * sums[c] + b;
+  }
+}
+
+}  // namespace
+
 extern "C" {
 
 struct Together {
@@ -25,27 +57,16 @@ void cut(const int16_t *m, int64_t n, int32_t sixteen, int8_t *low, int8_t *high
   }
 }
 
-// out[r] = a * sum over columns of m[r, c] + b
-void sum_columns(const int16_t *m, int64_t rows, int64_t columns, int64_t a, int64_t b, int64_t *out) {
-#pragma omp parallel for schedule(static)
-  for (int64_t r = 0; r < rows; ++r) {
-    int64_t sum = 0;
-    for (int64_t c = 0; c < columns; ++c) sum += m[r * columns + c];
-    out[r] = a * sum + b;
-  }
+// out[r] = a * sum over columns of m[r, c] + b; m is int8 or int16
+void sum_columns(const void *m, int32_t bytes, int64_t rows, int64_t columns, int64_t a, int64_t b, int64_t *out) {
+  bytes == 1 ? of_columns(static_cast<const int8_t *>(m), rows, columns, a, b, out)
+             : of_columns(static_cast<const int16_t *>(m), rows, columns, a, b, out);
 }
 
 // out[c] = a * sum over rows of m[r, c] + b
-void sum_rows(const int16_t *m, int64_t rows, int64_t columns, int64_t a, int64_t b, int64_t *out) {
-  constexpr int64_t BLOCK = 256;
-#pragma omp parallel for schedule(static)
-  for (int64_t first = 0; first < columns; first += BLOCK) {
-    const int64_t width = columns - first < BLOCK ? columns - first : BLOCK;
-    int64_t sums[BLOCK] = {};
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < width; ++c) sums[c] += m[r * columns + first + c];
-    for (int64_t c = 0; c < width; ++c) out[first + c] = a * sums[c] + b;
-  }
+void sum_rows(const void *m, int32_t bytes, int64_t rows, int64_t columns, int64_t a, int64_t b, int64_t *out) {
+  bytes == 1 ? of_rows(static_cast<const int8_t *>(m), rows, columns, a, b, out)
+             : of_rows(static_cast<const int16_t *>(m), rows, columns, a, b, out);
 }
 
 // out = float(sum of products + rows + columns) * factors + bias: exact in 64 bits, rounded once to float32

@@ -37,14 +37,14 @@ def cut(m: Tensor, sixteen: bool) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def sums(m: Tensor, dim: int, times: int, plus: int) -> Tensor:
+def sums(m: Tensor, dim: int, times: int = 1, plus: int = 0) -> Tensor:
     """``times * m.sum(dim) + plus`` of int8 or int16 ``[n, k]``, as int64."""
-    m = _dense(m.to(torch.int16))
+    m = _dense(m)
     transposed = not m.is_contiguous()
     rows, columns = (m.shape[1], m.shape[0]) if transposed else m.shape
     out = torch.empty(m.shape[1 - dim], dtype=torch.int64)
     kernel = _kernels().sum_columns if (dim == 1) != transposed else _kernels().sum_rows
-    kernel(m.data_ptr(), rows, columns, times, plus, out.data_ptr())
+    kernel(m.data_ptr(), m.element_size(), rows, columns, times, plus, out.data_ptr())
     return out
 
 
@@ -101,7 +101,7 @@ def _kernels() -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.cut.argtypes = [pointer, number, ctypes.c_int32, pointer, pointer]
     for kernel in (found.sum_rows, found.sum_columns):
-        kernel.argtypes = [pointer, number, number, number, number, pointer]
+        kernel.argtypes = [pointer, ctypes.c_int32, *[number] * 4, pointer]
     found.together.argtypes = [ctypes.POINTER(_Together)]
     for kernel in (found.cut, found.sum_rows, found.sum_columns, found.together):
         kernel.restype = None

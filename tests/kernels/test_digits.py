@@ -54,7 +54,8 @@ def test_every_mantissa_of_16_bits_is_cut_and_put_together() -> None:
 
 def test_sums_along_both_axes_of_both_layouts() -> None:
     m = torch.randint(-(2**15) + 1, 2**15, (37, 600), dtype=torch.int16)
-    for x in (m, m.t(), m.to(torch.int8), m[:, ::3]):
+    tall = torch.full((70_000, 3), -(2**15) + 1, dtype=torch.int16)  # longer than an int32 holds
+    for x in (m, m.t(), m.to(torch.int8), m[:, ::3], tall):
         for dim in (0, 1):
             assert torch.equal(sums(x, dim, -3, 7), -3 * x.sum(dim, dtype=torch.int64) + 7)
 

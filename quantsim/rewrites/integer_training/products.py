@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quantsim.kernels.digits import missing_for_digits, sums
 from quantsim.numerics.fixed_point import FixedPoint, from_accumulator
 from quantsim.numerics.integer_matmul import multiply
 from quantsim.rewrites.integer_training.op import Mapper, keep, kept
@@ -52,7 +53,9 @@ def matmul(mapper: Mapper, a: Tensor, b: Tensor) -> Tensor:
 
 def sum_rows(g: FixedPoint) -> Tensor:
     """``[n, out] -> [out]``, exact until it is mapped back."""
-    return from_accumulator(g.mantissa.sum(0, dtype=torch.int64), g.exponent)
+    m = g.mantissa
+    total = m.sum(0, dtype=torch.int64) if m.device.type != "cpu" or missing_for_digits() else sums(m, 0)
+    return from_accumulator(total, g.exponent)
 
 
 class _Linear(torch.autograd.Function):
