@@ -35,7 +35,7 @@ inverse mapping of other ops has a power of two. A row of equal values gives ``y
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quantsim.numerics.fixed_point import FixedPoint, FixedPointError
+from quantsim.numerics.fused import compiled_kernel, fused_kernels_active
 from quantsim.rewrites.integer_training.op import Mapper, keep, kept
 from quantsim.rewrites.integer_training.products import sum_rows
 
@@ -70,11 +71,12 @@ class _LayerNorm(torch.autograd.Function):
         width = math.prod(shape)
         q = mapper.map(x.reshape(-1, width), "activation")  # [n, N]
         gamma = _ones(width, x) if weight is None else mapper.map(weight.reshape(-1), "weight")
-        total, r = row_statistics(q, eps)
+        n2_eps = torch.tensor(width * width * math.ldexp(eps, -2 * q.exponent), dtype=torch.float64, device=x.device)
+        y, total, r = _kernel(_normalized, q.mantissa)(q.mantissa, gamma.value(), n2_eps, _exact_in(q))
         keep(ctx, q, gamma, also=(total, r))
         ctx.mapper, ctx.shape, ctx.parameter_shape = mapper, x.shape, shape
-        y = centred(q, total) * gamma.value() * r
-        return (y if bias is None else y + bias.reshape(-1)).reshape(x.shape).to(x.dtype)
+        out: Tensor = (y if bias is None else y + bias.reshape(-1)).reshape(x.shape).to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -84,38 +86,60 @@ class _LayerNorm(torch.autograd.Function):
         assert r is not None
         g = ctx.mapper.map(grad.reshape(q.mantissa.shape), "gradient")
         _, needs_x, _, needs_gamma, needs_beta, _ = ctx.needs_input_grad
-        c = centred(q, total)
-        dx = _input_gradient(g, q, gamma, c, total, r).reshape(ctx.shape) if needs_x else None
-        dgamma = (g.value() * c * r).sum(0).reshape(ctx.parameter_shape) if needs_gamma else None
+        n, number = (
+            q.mantissa,
+            torch.tensor(math.ldexp(1.0, g.exponent + gamma.exponent - q.exponent), dtype=torch.float64, device=r.device),
+        )
+        dx = dgamma = None
+        if needs_x:
+            dx = _kernel(_input_gradient, n)(g.mantissa, n, gamma.mantissa, total, r, number, _exact_in(q)).reshape(ctx.shape)
+        if needs_gamma:
+            terms = _kernel(_gamma_terms, n)(g.mantissa, n, total, r, torch.tensor(g.step, device=r.device), _exact_in(q))
+            dgamma = terms.sum(0).reshape(ctx.parameter_shape)  # apart: fused, its order of sums would hang on the number of threads
         dbeta = sum_rows(g).reshape(ctx.parameter_shape) if needs_beta else None
         return None, dx, None, dgamma, dbeta, None
 
 
-def row_statistics(q: FixedPoint, eps: float) -> tuple[Tensor, Tensor]:
-    """``S`` (int64) and ``r`` (float32) of each row, ``[n, 1]``."""
-    m, width = q.mantissa, q.mantissa.shape[-1]
-    total = m.sum(-1, keepdim=True, dtype=torch.int64)
-    squares = m.to(torch.int32).square_().sum(-1, keepdim=True, dtype=torch.int64)
-    variance = (width * squares - total * total).double() + width * width * math.ldexp(eps, -2 * q.exponent)
-    return total, torch.where(variance > 0, variance.rsqrt(), 0.0).float()
+# ---- kernels: plain functions of tensors, that run as they are or compiled into one loop, with the same values ----
 
 
-def centred(q: FixedPoint, total: Tensor) -> Tensor:
+def _kernel(function: Callable[..., Any], m: Tensor) -> Callable[..., Any]:
+    return compiled_kernel(function) if fused_kernels_active() and min(m.shape) > 1 else function
+
+
+def _exact_in(q: FixedPoint) -> torch.dtype:
+    """The integers that hold ``N m - S``."""
+    return torch.int32 if q.mantissa.shape[-1] * 2**q.bits < 2**31 else torch.int64
+
+
+def _normalized(m: Tensor, gamma: Tensor, n2_eps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """``c gamma r`` ``[n, N]``, ``S`` (int64) and ``r`` (float32) of each row, ``[n, 1]``."""
+    width = m.shape[-1]
+    wide = m.to(torch.int32)
+    total = wide.sum(-1, keepdim=True, dtype=torch.int64)
+    squares = (wide * wide).sum(-1, keepdim=True, dtype=torch.int64)
+    variance = (width * squares - total * total).double() + n2_eps
+    r = torch.where(variance > 0, variance.rsqrt(), 0.0).float()
+    return _centred(m, total, dtype) * gamma * r, total, r
+
+
+def _centred(m: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
     """``c = N m - S`` as float32, ``[n, N]``: subtracted as integers, then rounded to 24 bits."""
-    width = q.mantissa.shape[-1]
-    dtype = torch.int32 if width * 2**q.bits < 2**31 else torch.int64
-    return (q.mantissa.to(dtype) * width - total.to(dtype)).float()
+    return (m.to(dtype) * m.shape[-1] - total.to(dtype)).float()
 
 
-def _input_gradient(g: FixedPoint, q: FixedPoint, gamma: FixedPoint, c: Tensor, total: Tensor, r: Tensor) -> Tensor:
-    width = q.mantissa.shape[-1]
-    h = g.mantissa.to(torch.int32) * gamma.mantissa.to(torch.int32)  # below 2**30
+def _input_gradient(g: Tensor, m: Tensor, gamma: Tensor, total: Tensor, r: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    width = m.shape[-1]
+    h = g.to(torch.int32) * gamma.to(torch.int32)  # below 2**30
     a = h.sum(-1, keepdim=True, dtype=torch.int64)
-    p = (h.long() * q.mantissa).sum(-1, keepdim=True)  # below 2**45 N
+    p = (h.long() * m).sum(-1, keepdim=True)  # below 2**45 N
     b = width * p.double() - total.double() * a.double()
-    scale = math.ldexp(1.0, g.exponent + gamma.exponent - q.exponent)
     rho = (width * scale * r.double()).float()
-    return rho * (h.float() - (a.double() / width).float() - c * (r.double().square() * b / width).float())
+    return rho * (h.float() - (a.double() / width).float() - _centred(m, total, dtype) * (r.double().square() * b / width).float())
+
+
+def _gamma_terms(g: Tensor, m: Tensor, total: Tensor, r: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    return g.float() * step * _centred(m, total, dtype) * r
 
 
 def _ones(width: int, like: Tensor) -> FixedPoint:

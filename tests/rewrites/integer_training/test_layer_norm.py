@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantsim.numerics.fixed_point import FixedPointError
+from quantsim.numerics.fused import fused_kernels
 from quantsim.rewrites.integer_training.layer_norm import layer_norm
 from quantsim.rewrites.integer_training.op import Mapper
 from tests.rewrites.integer_training.mapped import BITS, U, leaf, mapper, value
@@ -108,3 +109,21 @@ def test_the_widest_rows_of_the_largest_integers_are_exact(width: int) -> None:
 def test_rows_that_are_too_wide() -> None:
     with pytest.raises(FixedPointError, match="takes up to 65536"):
         layer_norm(mapper(), torch.zeros(1, 65537), (65537,))
+
+
+@pytest.mark.parametrize("bits", [(8, 8, 8), (16, 12, 16)], ids=str)
+def test_fused_kernels_give_the_same_bits(bits: tuple[int, int, int]) -> None:
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        x, gamma, beta = (torch.randn(70, 48) * 3 + 1).requires_grad_(), leaf(48), leaf(48)
+        y = layer_norm(mapper(bits), x, (48,), gamma, beta, 1e-12)
+        y.backward(torch.randn(70, 48))
+        return [y.detach(), *(tensor.grad for tensor in (x, gamma, beta) if tensor.grad is not None)]
+
+    expected = run()
+    with fused_kernels() as works:
+        if not works:
+            pytest.skip("torch.compile fails here")
+        found = run()
+    assert len(found) == len(expected) == 4
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
