@@ -45,8 +45,8 @@ class Card:
         metrics: ``fp32``, ``ptq`` and ``qat``, each with the figures in percent, ``rows`` and ``split``; the latter two with the
             ``backend`` where it is not the simulation.
         estimators: PTQ by range estimator, each as in ``metrics``; may be empty.
-        sweep: the headline metric over ``seeds``: ``fp32``, ``ptq`` and ``qat``, each with its ``values``, ``median``, ``least``
-            and ``greatest``; may be empty.
+        sweep: the headline metric over ``seeds`` (of equal ones, the first is the published run's): ``fp32``, ``ptq`` and ``qat``, each
+            with its ``values``, ``median``, ``least`` and ``greatest``; may be empty.
         versions: of the libraries.
         date: ISO.
         licence: of the weights.

@@ -106,6 +106,8 @@ def _check_mappings(path: str, name: str, values: Mapping[str, Any]) -> None:
 def check_sweep(where: str, sweep: Any) -> None:
     """Refuse a sweep over seeds whose summary is not that of its values; an empty one is none.
 
+    A seed may be there again: on another CPU, or with other threads, sums in bf16 have another order, and training ends elsewhere.
+
     >>> part = {"values": [61.0, 60.0, 65.0], "median": 61.0, "least": 60.0, "greatest": 65.0}
     >>> check_sweep("sweep.json", {"seeds": [1, 2, 3], "fp32": part, "ptq": part, "qat": part})
 
@@ -117,8 +119,8 @@ def check_sweep(where: str, sweep: Any) -> None:
     if not isinstance(sweep, dict) or set(sweep) != {"seeds", *MEASURED}:
         raise CheckpointError(f"{where}: expected an object with seeds, {', '.join(MEASURED)}")
     seeds = sweep["seeds"]
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) != len(seeds):
-        raise CheckpointError(f"{where}.seeds is {seeds!r}; expected whole numbers, each once")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise CheckpointError(f"{where}.seeds is {seeds!r}; expected whole numbers")
     for name in MEASURED:
         _check_summary(f"{where}.{name}", sweep[name], len(seeds))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def _row(card: Card) -> Row:
         "qat_minus_fp32": _text(qat - fp32, sign=True),
     }
     if card.sweep:
-        row |= {"seeds": " ".join(map(str, card.sweep["seeds"]))}
+        row |= {"seeds": " ".join(f"{seed} (×{n})" if n > 1 else str(seed) for seed, n in Counter(card.sweep["seeds"]).items())}
         row |= {f"{what}_{name}": _text(card.sweep[what][name]) for what in ("fp32", "qat") for name in ("median", "least", "greatest")}
     return row
 

@@ -105,7 +105,7 @@ def test_recipe_only_is_a_card_too(bundle: Card) -> None:
     [
         (lambda v: v.pop("ptq"), r"sweep: expected an object"),
         (lambda v: v.update(seeds=[]), r"sweep\.seeds is \[\]"),
-        (lambda v: v.update(seeds=[5, 5, 6]), r"sweep\.seeds is \[5, 5, 6\]; expected whole numbers, each once"),
+        (lambda v: v.update(seeds=[5, 6.5, 7]), r"sweep\.seeds is \[5, 6\.5, 7\]; expected whole numbers"),
         (lambda v: v.update(seeds=[5, 6]), r"sweep\.fp32\.values is .*; expected a number a seed, 2 of them"),
         (lambda v: v["qat"].update(values=["50", 50.5, 51]), r"sweep\.qat\.values is"),
         (lambda v: v["qat"].update(median=51.0), r"sweep\.qat\.median is 51\.0; its values give 50\.5"),
