@@ -155,9 +155,10 @@ def section(found: Sequence[Row]) -> str:
     """What stands between the README's marks."""
     parts = [markdown(found)]
     if any(row["config"] and row["config"] not in MODEL_CONFIGS for row in found):
-        parts.append("Other bits, same tasks and model:\n\n" + variants(found))
+        parts.append("Other schemes, same tasks and model:\n\n" + variants(found))
     if any(row["seeds"] for row in found):
-        parts.append("Over seeds:\n\n" + spreads(found))
+        again = " (×: runs of the same recipe on other CPUs, where sums in bf16 have another order)"
+        parts.append(f"Over seeds{again if any('×' in row['seeds'] for row in found) else ''}:\n\n" + spreads(found))
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
