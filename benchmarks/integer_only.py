@@ -4,7 +4,8 @@
 
 All models have BERT-base's shape and random weights; each round runs every contender once, in an order that turns. Ratios are medians
 over rounds of (FP32's time / the contender's, in the same round). FP32 is the transformers model as it loads, with fused attention,
-and "ibert" is ``IBertModel`` with ``quant_mode``, whose integers are floating-point tensors.
+and "ibert" is ``IBertModel`` with ``quant_mode``, whose integers are floating-point tensors. The floor is the model's 8-bit products
+alone, on the kernels that integer-only uses: what lies between them costs nothing in it.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, IBertConfig, IBertForSequenceClassification
 
 from quantsim import QuantSim
+from quantsim.kernels.int8_matmul import int8_matmul
 
 SHAPES: dict[str, dict[str, Any]] = {
     "base": {},
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
     "tiny": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99},
 }
-FP32 = "FP32"
+FP32, FLOOR = "FP32", "8-bit products alone (floor)"
 Run = Callable[[], object]
 
 
@@ -65,9 +67,31 @@ def contenders(shape: str, rows: int, length: int, compiles: bool) -> dict[str, 
         "integer only": ibert.integer_only().model,
         "transformers ibert, quant_mode": reference.eval(),
     }
+    alone = products_alone(config, rows, length)
     if compiles:
         models["lower(), preset aimet, compiled"] = aimet.lower().compile().model
-    return {name: forward(m, batch) for name, m in models.items()}
+    return {name: forward(m, batch) for name, m in models.items()} | {FLOOR: alone}
+
+
+def products_alone(config: BertConfig, rows: int, length: int) -> Run:
+    """Every product of the layers, on random integers; pooler and head are left out."""
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+    wide, narrow, heads = config.intermediate_size, config.hidden_size, config.num_attention_heads
+    hidden, inner = integers(rows * length, narrow), integers(rows * length, wide)
+    linears = [(hidden, integers(narrow, narrow).t())] * 4 + [(hidden, integers(wide, narrow).t()), (inner, integers(narrow, wide).t())]
+    x = integers(rows, length, heads, narrow // heads).transpose(1, 2)
+    scores = integers(rows, heads, length, length)
+    attention = [(x, x.transpose(2, 3)), (scores, x)]
+
+    def run() -> None:
+        for _ in range(config.num_hidden_layers):
+            for a, b in linears + attention:
+                int8_matmul(a, b, kernel=True)
+
+    return run
 
 
 def forward(model: Callable[..., object], batch: dict[str, Tensor]) -> Run:

@@ -47,8 +47,8 @@ def test_the_integer_training_command(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_integer_only_runs_every_contender() -> None:
-    from benchmarks.integer_only import FP32, contenders, interleaved, rows_of
+    from benchmarks.integer_only import FLOOR, FP32, contenders, interleaved, rows_of
 
     times = interleaved(contenders("tiny", 2, 8, compiles=False), rounds=2)
-    assert list(times) == [FP32, "lower(), preset deploy", "integer only", "transformers ibert, quant_mode"]
+    assert list(times) == [FP32, "lower(), preset aimet", "integer only", "transformers ibert, quant_mode", FLOOR]
     assert rows_of(times)[0]["times as fast as FP32"] == 1.0
