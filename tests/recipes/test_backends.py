@@ -15,8 +15,9 @@ from quantsim import QuantSim
 from quantsim.kernels.cpu import missing_for_int8
 from quantsim.kernels.int8_linear import Int8Linear
 from recipes import parity
-from recipes.backends import BACKENDS
+from recipes.backends import BACKENDS, on_backend
 from recipes.bert_quanteval import main
+from recipes.tasks import RecipeError
 from tests.recipes.test_data import RTE, write_dataset
 from tests.tiny import tiny_batch, tiny_sim
 
@@ -109,3 +110,8 @@ def test_parity_that_does_not_hold(
 def test_parity_of_nothing_published(capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main(["--model_config", "bert_w8a8_rtee"]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_simulation_that_has_no_integer_form() -> None:
+    with pytest.raises(RecipeError, match=r"--backend integers: .*8 bits"):
+        on_backend(tiny_sim(config="q8bert"), "integers")
