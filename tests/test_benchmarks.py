@@ -52,3 +52,10 @@ def test_integer_only_runs_every_contender() -> None:
     times = interleaved(contenders("tiny", 2, 8, compiles=False), rounds=2)
     assert list(times) == [FP32, "lower(), preset aimet", "integer only", "transformers ibert, quant_mode", FLOOR]
     assert rows_of(times)[0]["times as fast as FP32"] == 1.0
+
+
+def test_the_readme_s_tables_of_integers_are_the_measured_ones() -> None:
+    from benchmarks.tables import README, in_readme
+
+    text = README.read_text(encoding="utf-8")
+    assert in_readme(text) == text
