@@ -3,6 +3,8 @@
     python benchmarks/integer_only.py --eager --output benchmarks/integer_only.json
     python benchmarks/integer_training.py --output benchmarks/integer_training.json
     python -m benchmarks.tables
+
+The last writes them.
 """
 
 from __future__ import annotations
