@@ -1,6 +1,6 @@
 """Integer-only inference against FP32, the int8 lowering, and transformers' own I-BERT, interleaved in one run.
 
-    python benchmarks/integer_only.py --rounds 7
+    python -m benchmarks.integer_only --rounds 7
 
 All models have BERT-base's shape and random weights; each round runs every contender once, in an order that turns. Ratios are medians
 over rounds of (FP32's time / the contender's, in the same round). FP32 is the transformers model as it loads, with fused attention,

@@ -1,6 +1,6 @@
 """A training step in integers against the FP32 step it replaces: forward, backward and AdamW, interleaved in one run.
 
-    python benchmarks/integer_training.py --rounds 7
+    python -m benchmarks.integer_training --rounds 7
 
 Ratios are medians over rounds of (integers / FP32 in the same round); FP32 is the transformers model as it loads, with fused
 attention. The floor is the ratio if the linears' three products ran at the measured rate of the integer kernel and everything

@@ -1,7 +1,7 @@
 """The README's tables of what integers cost, from the JSON that ``integer_only.py`` and ``integer_training.py`` write.
 
-    python benchmarks/integer_only.py --eager --output benchmarks/integer_only.json
-    python benchmarks/integer_training.py --output benchmarks/integer_training.json
+    python -m benchmarks.integer_only --eager --rounds 5 --output benchmarks/integer_only.json
+    python -m benchmarks.integer_training --rounds 5 --output benchmarks/integer_training.json
     python -m benchmarks.tables
 
 The last writes them.
