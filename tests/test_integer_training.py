@@ -30,8 +30,8 @@ from transformers import (
 
 from quantsim import ConfigError, FixedPointError, IntegerConfig, IntegerTraining, QuantSim
 from quantsim.graph.example_inputs import example_inputs
+from quantsim.kernels.integer_matmul import int8_kernel_is_exact
 from quantsim.numerics.fused import fused_kernels
-from quantsim.numerics.integer_matmul import int8_kernel_is_exact
 from quantsim.rewrites.integer_training import ROOM, IntegerOp
 from tests.tiny import LABELS, VOCAB, tiny_batch, tiny_bert
 

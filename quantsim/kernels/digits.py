@@ -1,4 +1,4 @@
-"""Products of 9 to 16 bits by int8 digits (``numerics.integer_matmul``): cutting them, and putting products together (``digits.cpp``)."""
+"""Products of 9 to 16 bits by int8 digits (``kernels.integer_matmul``): cutting them, and putting products together (``digits.cpp``)."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantsim.kernels.digits import cut, missing_for_digits, sums, together
+from quantsim.kernels.integer_matmul import int8_kernel_is_exact, multiply
 from quantsim.numerics.fixed_point import FixedPoint, factors_of, from_accumulator, limit_of, mantissa_dtype
-from quantsim.numerics.integer_matmul import int8_kernel_is_exact, multiply
 
 pytestmark = pytest.mark.skipif(bool(missing_for_digits()), reason=missing_for_digits())
 KERNEL = pytest.mark.skipif(not int8_kernel_is_exact(), reason="no exact int8 kernel: products are of float64 here")

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from quantsim.kernels.integer_matmul import integer_matmul, multiply
 from quantsim.numerics.fixed_point import FixedPoint, from_accumulator
-from quantsim.numerics.integer_matmul import integer_matmul, multiply
 from quantsim.rewrites.integer_training.op import Mapper, keep, kept
 from quantsim.rewrites.integer_training.products import sum_rows
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quantsim.kernels.digits import missing_for_digits, sums
+from quantsim.kernels.integer_matmul import multiply
 from quantsim.numerics.fixed_point import FixedPoint, from_accumulator
-from quantsim.numerics.integer_matmul import multiply
 from quantsim.rewrites.integer_training.op import Mapper, keep, kept
 
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantsim.numerics import integer_matmul as module
+from quantsim.kernels import integer_matmul as module
+from quantsim.kernels.integer_matmul import digits, int8_kernel_is_exact, integer_matmul, multiply
 from quantsim.numerics.fixed_point import FixedPoint, FixedPointError, limit_of, mantissa_dtype
-from quantsim.numerics.integer_matmul import digits, int8_kernel_is_exact, integer_matmul, multiply
 
 BITS = list(range(4, 17))
 
@@ -116,7 +116,7 @@ def test_exponents_are_added() -> None:
 
 SATURATING = """
 import torch
-from quantsim.numerics.integer_matmul import integer_matmul
+from quantsim.kernels.integer_matmul import integer_matmul
 a = torch.full((64, 512), 127, dtype=torch.int8)
 print(int(integer_matmul(a, a.t(), 8, 8)[0, 0]))
 """
