@@ -50,11 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def follow(run: Run, config: IntegerConfig | None) -> None:
-    """Train, measure in integers and in float, and write weights and results."""
+    """Train, measure (in integers, and the same weights in float), and write weights and results."""
     model, trained, _ = fine_tune(run, rewrite_of(config), fused=run.args.fused)
     if config is not None:
         run.measure(f"integers {config.weight_bits}-{config.activation_bits}-{config.gradient_bits}", trained)
-    run.measure("float", model)
+    if config is None or run.args.measure_float:
+        run.measure("float", model)
     if run.processes.is_main_process:
         write_model(run.folder / MODEL, merged(model))
         write_results(run.folder, {**results(run), "integer": config and asdict(config)})
@@ -85,6 +86,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, IntegerConfig | None
     parser.add_argument("--recipe", type=Path, help="another recipe, in place of the task's")
     parser.add_argument("--output_dir", type=Path, help="checkpoints, model and results.json; default runs/<the recipe's name>")
     add_integer_flags(parser)
+    parser.add_argument(
+        "--no-measure-float", dest="measure_float", action="store_false", help="measure what was trained in integers there alone"
+    )
     parser.add_argument("--no-fused", dest="fused", action="store_false", help="don't compile the kernels that map to integers and back")
     add_flags(parser)
     args, rest = parser.parse_known_args(arguments)

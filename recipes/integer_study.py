@@ -68,7 +68,7 @@ PUBLISHED = {"16": 0.0, "10": -0.5, "8": -1.7}
 """Mean over tasks less FP32's, of BERT-base (Tayaranian et al. 2022, arXiv 2209.09815, v1)."""
 
 KEY = ("task", "variant", "seed")
-FIELDS = (*KEY, "metric", "rows", "train_rows", "value", "in_float", "weight_bits", "activation_bits", "gradient_bits", "roundings", "ops",
+FIELDS = (*KEY, "metric", "rows", "train_rows", "value", "weight_bits", "activation_bits", "gradient_bits", "roundings", "ops",
           "epochs", "lr", "batch", "seconds", "date", "quantsim", "torch", "transformers")  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def measure(task: str, name: str, seed: int, folder: Path, flags: Sequence[str])
 def config_flags(config: IntegerConfig | None) -> list[str]:
     if config is None:
         return ["--float"]
-    flags = ["--ops", *config.ops]
+    flags = ["--no-measure-float", "--ops", *config.ops]
     for operand in OPERANDS:
         flags += [f"--{operand}_bits", str(config.bits(operand)), f"--{operand}_rounding", config.rounding(operand)]
     return flags
@@ -102,18 +102,16 @@ def config_flags(config: IntegerConfig | None) -> list[str]:
 def row_of(task: str, name: str, seed: int, found: Mapping[str, Any]) -> Row:
     """A line, from what the run wrote."""
     metric, config, settings = find_task(task).metric, VARIANTS[name].config, found["recipe"]["finetune"]
-    in_float = found["metrics"]["float"]
-    trained = next((values for what, values in found["metrics"].items() if what != "float"), in_float)
+    (measured,) = found["metrics"].values()
     limit = found["flags"]["max_train_rows"]
     row = {
         "task": task,
         "variant": name,
         "seed": str(seed),
         "metric": metric,
-        "rows": str(in_float["rows"]),
+        "rows": str(measured["rows"]),
         "train_rows": "all" if limit is None else str(limit),
-        "value": f"{trained[metric]:.4f}",
-        "in_float": f"{in_float[metric]:.4f}",
+        "value": f"{measured[metric]:.4f}",
         **{f"{operand}_bits": str(config.bits(operand)) if config else "" for operand in OPERANDS},
         "roundings": " ".join(config.rounding(operand) for operand in OPERANDS) if config else "",
         "ops": " ".join(config.ops) if config else "",
@@ -247,15 +245,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def study(args: argparse.Namespace, flags: Sequence[str]) -> None:
-    rows = read(args.csv)
     for seed in args.seeds:
         for task in args.tasks:
             for name in args.variants:
-                if any((row["task"], row["variant"], row["seed"]) == (task, name, str(seed)) for row in rows):
+                if any((row["task"], row["variant"], row["seed"]) == (task, name, str(seed)) for row in read(args.csv)):
                     continue
-                rows.append(measure(task, name, seed, args.runs, flags))
-                write(args.csv, rows)
-    if not rows:
+                row = measure(task, name, seed, args.runs, flags)
+                write(args.csv, [*read(args.csv), row])  # read again: another process may have written a line meanwhile
+    if not (rows := read(args.csv)):
         return
     picture = args.csv.with_suffix(".png")
     if args.plot:

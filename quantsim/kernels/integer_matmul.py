@@ -16,6 +16,9 @@ at most ``K * (2**(a-1) + 256) * (2**(b-1) + 256)``, is below ``2**31`` (10 bits
 exact as long as it is below ``2**53``: at 16 × 16 bits ``K * 2**30.03``, so for every ``K <= 2**22``. That is where products stop. Where
 there is a C++ compiler, cutting is one pass over an operand, and putting together one over the products, in int64 (``kernels.digits``).
 
+**Where the CPU has AMX**, one kernel does all of it (``kernels.amx``): its tiles multiply signed and unsigned digits alike, so there are
+no offsets, and what leaves it is float32.
+
 **Where there is no such kernel** (batches of matrices, other devices, CPUs whose int8 kernels saturate, ``K >= 131072``) the product is
 one of float32 where every partial sum is below ``2**24``, else of float64: integers below these bounds are exact in them, in any order.
 """
@@ -27,6 +30,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quantsim.kernels import amx
 from quantsim.kernels.digits import cut, missing_for_digits, sums, together
 from quantsim.kernels.int8_matmul import int_mm
 from quantsim.numerics.fixed_point import FixedPoint, FixedPointError, factors_of, from_accumulator, limit_of
@@ -44,6 +48,8 @@ def multiply(a: FixedPoint, b: FixedPoint, bias: Tensor | None = None) -> Tensor
         bias: ``[m]``.
     """
     exponent = a.exponent + b.exponent
+    if _on_tiles(a.mantissa, b.mantissa):
+        return amx.product(a.mantissa, b.mantissa, factors_of(exponent), None if bias is None else bias.detach().float())
     if max(a.bits, b.bits) > 8 and _on_int8_kernel(a.mantissa, b.mantissa) and not missing_for_digits():
         return _by_digits_in_one_pass(a, b, factors_of(exponent), bias)
     return from_accumulator(integer_matmul(a.mantissa, b.mantissa, a.bits, b.bits), exponent, bias)
@@ -73,6 +79,11 @@ def integer_matmul(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:
     if a_bits <= 8 and b_bits <= 8:
         return int_mm(a, b)
     return _by_digits(a, b, a_bits, b_bits)
+
+
+def _on_tiles(a: Tensor, b: Tensor) -> bool:
+    """A product of two matrices that AMX takes, on a machine that has it."""
+    return a.ndim == b.ndim == 2 and a.shape[-1] <= amx.LARGEST_K and a.device.type == "cpu" and not amx.missing_for_tiles()
 
 
 def _on_int8_kernel(a: Tensor, b: Tensor) -> bool:

@@ -101,7 +101,16 @@ def shared_exponent(x: Tensor, bits: int, what: str = "tensor") -> int:
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = x.numel() - int(x.detach().float().isfinite().sum())
         raise FixedPointError(f"{what}: {bad} of {x.numel()} values are NaN or infinite (shape {list(x.shape)}); they share no exponent")
-    largest = max(-low, high)
+    return exponent_for(max(-low, high), bits, what)
+
+
+def exponent_for(largest: float, bits: int, what: str = "tensor") -> int:
+    """The exponent of a tensor whose largest magnitude is ``largest``.
+
+    >>> exponent_for(1.5, 8)
+    -6
+    """
+    check_bits(bits, what)
     return max(math.frexp(largest)[1] - bits + 1, LEAST_EXPONENT) if largest else LEAST_EXPONENT
 
 

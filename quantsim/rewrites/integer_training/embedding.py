@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quantsim.numerics.fixed_point import from_accumulator, shared_exponent
+from quantsim.kernels.mapping import shared_exponent
+from quantsim.numerics.fixed_point import from_accumulator
 from quantsim.rewrites.integer_training.op import Mapper
 
 

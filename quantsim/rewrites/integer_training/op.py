@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantsim.numerics.fixed_point import FixedPoint, to_fixed_point
+from quantsim.kernels.mapping import to_fixed_point
+from quantsim.numerics.fixed_point import FixedPoint
 from quantsim.numerics.random_bits import stream_of
 from quantsim.rewrites.integer_training.config import OPERANDS, IntegerConfig, Operand
 
