@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantsim.kernels import amx
 from quantsim.kernels.digits import cut, missing_for_digits, sums, together
 from quantsim.kernels.integer_matmul import int8_kernel_is_exact, multiply
 from quantsim.numerics.fixed_point import FixedPoint, factors_of, from_accumulator, limit_of, mantissa_dtype
 
 pytestmark = pytest.mark.skipif(bool(missing_for_digits()), reason=missing_for_digits())
 KERNEL = pytest.mark.skipif(not int8_kernel_is_exact(), reason="no exact int8 kernel: products are of float64 here")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_tiles() -> Iterator[None]:
+    """Digits are for CPUs without AMX, which would take the products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amx, "missing_for_tiles", lambda: "not in these tests")
+        yield
 
 
 def mantissas(bits: int, shape: tuple[int, int], seed: int) -> Tensor:

@@ -1,0 +1,100 @@
+"""Products on AMX tiles: exact integers, rounded once, for every shape, width and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantsim.kernels import amx
+from quantsim.kernels.amx import LARGEST_K, missing_for_tiles, product
+from quantsim.kernels.build import BuildError
+from quantsim.kernels.integer_matmul import multiply
+from quantsim.numerics.fixed_point import FixedPoint, factors_of, from_accumulator, limit_of, mantissa_dtype
+
+TILES = pytest.mark.skipif(bool(missing_for_tiles()), reason=missing_for_tiles())
+SIZES = st.sampled_from((1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65, 100))
+
+
+def mantissas(bits: int, shape: tuple[int, int], seed: int) -> Tensor:
+    """Random ones; for every third seed the largest, with signs that don't cancel."""
+    limit = limit_of(bits)
+    m = torch.randint(-limit, limit + 1, shape, generator=torch.Generator().manual_seed(seed))
+    return (torch.full(shape, limit if seed % 2 else -limit) if seed % 3 == 0 else m).to(mantissa_dtype(bits))
+
+
+@TILES
+@settings(max_examples=200, deadline=None)
+@given(
+    bits=st.tuples(st.integers(4, 16), st.integers(4, 16)),
+    sizes=st.tuples(SIZES, SIZES, SIZES),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    exponent=st.integers(-140, 100),
+    seed=st.integers(0, 999),
+)
+def test_a_product_is_the_exact_one_rounded_once(bits, sizes, turned, exponent, seed) -> None:
+    n, k, m = sizes
+    a = mantissas(bits[0], (k, n), seed).t() if turned[0] else mantissas(bits[0], (n, k), seed)
+    b = mantissas(bits[1], (m, k), seed + 1).t() if turned[1] else mantissas(bits[1], (k, m), seed + 1)
+    bias = torch.randn(m, generator=torch.Generator().manual_seed(seed)) if seed % 2 else None
+    found = product(a, b, factors_of(exponent), bias)
+    assert torch.equal(found, from_accumulator(a.double() @ b.double(), exponent, bias))
+
+
+@TILES
+def test_every_mantissa_of_16_bits_times_the_least_and_the_largest() -> None:
+    m = torch.arange(-(2**15) + 1, 2**15, dtype=torch.int16)[:, None]
+    ends = torch.tensor([[1, -1, 32767, -32767, 255, 256]], dtype=torch.int16)
+    assert torch.equal(product(m, ends, (1.0, 1.0)), (m.long() * ends).float())
+
+
+@TILES
+def test_the_longest_sums_of_the_largest_digits() -> None:
+    """255 * 255 * LARGEST_K fits an int32; 64 bits are rounded to float32 once."""
+    for value in (255, 32767, -32767, -32513):
+        a = torch.full((17, LARGEST_K), value, dtype=torch.int16)
+        assert torch.equal(product(a, a.t()[:, :3], (1.0, 1.0)), torch.full((17, 3), float(value * value * LARGEST_K)))
+
+
+@TILES
+def test_empty_axes_and_strides() -> None:
+    none = torch.zeros(3, 0, dtype=torch.int16)
+    assert torch.equal(product(none, none.t(), (1.0, 1.0), torch.tensor([1.0, 2, 3])), torch.tensor([[1.0, 2, 3]] * 3))
+    assert product(none.t(), torch.ones(3, 5, dtype=torch.int8), (1.0, 1.0)).shape == (0, 5)
+    left, right = mantissas(16, (40, 90), 1)[::2, ::3], mantissas(8, (40, 90), 2)[5:35, ::2]
+    assert torch.equal(product(left, right, (1.0, 1.0)), (left.double() @ right.double()).float())
+
+
+@TILES
+def test_the_number_of_threads_changes_nothing() -> None:
+    a, b, threads = mantissas(16, (300, 500), 1), mantissas(12, (500, 700), 2), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(product(a, b, (0.5, 0.5)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], x) for x in found[1:])
+
+
+def test_longer_sums_and_machines_without_tiles_take_the_other_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(*_: object) -> Tensor:
+        raise AssertionError("the kernel was called")
+
+    monkeypatch.setattr(amx, "product", product)
+    long = torch.ones(2, LARGEST_K + 1, dtype=torch.int16)
+    assert multiply(FixedPoint(long, 0, 16), FixedPoint(long.t(), 0, 16)).tolist() == [[LARGEST_K + 1.0] * 2] * 2
+    monkeypatch.setattr(amx, "missing_for_tiles", lambda: "a reason")
+    short = long[:, :5]
+    assert multiply(FixedPoint(short, 0, 16), FixedPoint(short.t(), 0, 16)).tolist() == [[5.0] * 2] * 2
+
+
+def test_a_compiler_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise BuildError("no C++ compiler: g++ was not found")
+
+    monkeypatch.setattr(amx, "_kernels", refuse)
+    assert missing_for_tiles.__wrapped__() == "no C++ compiler: g++ was not found"
