@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from model_zoo.publish import write_results
 from quantsim import ConfigError, FixedPointError, IntegerConfig, IntegerTraining, TraceError
-from quantsim.rewrites.integer_training.config import KINDS, OPERANDS, Rounding
+from quantsim.rewrites.integer_training.config import KINDS, OPERANDS, Exponents, Rounding
 from recipes.bert_qat import add_flags, overrides, prepare, results, table
 from recipes.low_rank import merged
 from recipes.reading import read_recipe
@@ -106,6 +106,9 @@ def add_integer_flags(parser: argparse.ArgumentParser) -> None:
     for operand in OPERANDS:
         parser.add_argument(f"--{operand}_bits", type=int, default=8, help="4 to 16; default 8")
         parser.add_argument(f"--{operand}_rounding", choices=get_args(Rounding), default=default.rounding(operand))
+    parser.add_argument(
+        "--exponents", choices=get_args(Exponents), default=default.exponents, help="one a row, or one a tensor as published"
+    )
     parser.add_argument("--ops", nargs="+", choices=KINDS, default=default.ops, help="what is computed in integers; default all but matmul")
     parser.add_argument("--keep_float", nargs="+", default=(), metavar="PATTERN", help="names of ops to leave in float")
 

@@ -54,6 +54,7 @@ WIDTHS = {"float": Variant("FP32", None)} | {
     for bits in (16, 12, 10, 8)
 }
 ABLATIONS = {
+    "8_tensor": Variant("8 bits, one exponent a tensor, as published", replace(EIGHT, exponents="tensor")),
     "8_stochastic": Variant(
         "8 bits, all rounded stochastically", replace(EIGHT, weight_rounding="stochastic", activation_rounding="stochastic")
     ),
@@ -68,7 +69,7 @@ PUBLISHED = {"16": 0.0, "10": -0.5, "8": -1.7}
 """Mean over tasks less FP32's, of BERT-base (Tayaranian et al. 2022, arXiv 2209.09815, v1)."""
 
 KEY = ("task", "variant", "seed")
-FIELDS = (*KEY, "metric", "rows", "train_rows", "value", "weight_bits", "activation_bits", "gradient_bits", "roundings", "ops",
+FIELDS = (*KEY, "metric", "rows", "train_rows", "value", "weight_bits", "activation_bits", "gradient_bits", "roundings", "exponents", "ops",
           "epochs", "lr", "batch", "seconds", "date", "quantsim", "torch", "transformers")  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def measure(task: str, name: str, seed: int, folder: Path, flags: Sequence[str])
 def config_flags(config: IntegerConfig | None) -> list[str]:
     if config is None:
         return ["--float"]
-    flags = ["--no-measure-float", "--ops", *config.ops]
+    flags = ["--no-measure-float", "--exponents", config.exponents, "--ops", *config.ops]
     for operand in OPERANDS:
         flags += [f"--{operand}_bits", str(config.bits(operand)), f"--{operand}_rounding", config.rounding(operand)]
     return flags
@@ -114,6 +115,7 @@ def row_of(task: str, name: str, seed: int, found: Mapping[str, Any]) -> Row:
         "value": f"{measured[metric]:.4f}",
         **{f"{operand}_bits": str(config.bits(operand)) if config else "" for operand in OPERANDS},
         "roundings": " ".join(config.rounding(operand) for operand in OPERANDS) if config else "",
+        "exponents": config.exponents if config else "",
         "ops": " ".join(config.ops) if config else "",
         **{setting: f"{settings[setting]:g}" for setting in ("epochs", "lr", "batch")},
         "seconds": f"{found['seconds']['finetune']:g}",

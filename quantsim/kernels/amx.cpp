@@ -175,16 +175,19 @@ struct Output {
   float *out;  // [n, m]
   int64_t n, m;
   float factors[2];
-  const float *bias;  // [m], or null
+  const int32_t *row_exponents, *column_exponents;  // [n] and [m], beside the factors; null: none
+  const float *bias;                                // [m], or null
 };
 
-// 16 x 16 numbers to their place: sum of products[i] << shifts[i], exact in 64 bits, rounded to float32 once, scaled, the bias added
+// 16 x 16 numbers to their place: sum of products[i] << shifts[i], exact in 64 bits, rounded to float32 once, scaled by powers of two, the bias added
 template <int COUNT>
 void leave(const Output &to, int64_t row, int64_t column, const int32_t *const (&products)[COUNT], const int (&shifts)[COUNT]) {
   const int64_t rows = std::min(SIDE, to.n - row), columns = std::min(SIDE, to.m - column);
   if (columns <= 0) return;
   const auto mask = static_cast<__mmask16>((1u << columns) - 1);
   const __m512 first = _mm512_set1_ps(to.factors[0]), second = _mm512_set1_ps(to.factors[1]);
+  const bool scales = to.row_exponents || to.column_exponents;
+  const __m512 powers = to.column_exponents ? _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, to.column_exponents + column)) : __m512();
   const __m512 bias = to.bias ? _mm512_maskz_loadu_ps(mask, to.bias + column) : __m512();
   for (int64_t i = 0; i < rows; ++i) {
     __m512 y;
@@ -201,6 +204,10 @@ void leave(const Output &to, int64_t row, int64_t column, const int32_t *const (
         halves[half] = _mm512_cvtepi64_ps(sum);
       }
       y = _mm512_insertf32x8(_mm512_castps256_ps512(halves[0]), halves[1], 1);
+    }
+    if (scales) {
+      const auto power = static_cast<float>(to.row_exponents ? to.row_exponents[row + i] : 0);
+      y = _mm512_scalef_ps(y, _mm512_add_ps(powers, _mm512_set1_ps(power)));
     }
     y = _mm512_mul_ps(_mm512_mul_ps(y, first), second);
     if (to.bias) y = _mm512_add_ps(y, bias);

@@ -28,22 +28,33 @@ def missing_for_tiles() -> str:
         return str(error)
 
 
-def product(a: Tensor, b: Tensor, factors: tuple[float, float], bias: Tensor | None = None) -> Tensor:
-    """``float32(a @ b) * factors[0] * factors[1] + bias``: the exact sum, rounded once, then scaled.
+def product(
+    a: Tensor,
+    b: Tensor,
+    factors: tuple[float, float],
+    bias: Tensor | None = None,
+    row_exponents: Tensor | None = None,
+    column_exponents: Tensor | None = None,
+) -> Tensor:
+    """``float32(a @ b) * 2**(row_exponents + column_exponents) * factors[0] * factors[1] + bias``.
+
+    The sum is exact and rounded once, then scaled.
 
     Args:
         a: int8 or int16 ``[n, k]``, or the transpose of such a tensor; ``k`` up to ``LARGEST_K``.
         b: ``[k, m]``, the same.
         bias: float32 ``[m]``.
+        row_exponents, column_exponents: int32 ``[n, 1]`` and ``[1, m]``.
     """
     (n, k), m = a.shape, b.shape[1]
     a = a if 1 in a.stride() else a.contiguous()
     b = b if 1 in b.stride() else b.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    vectors = [None if x is None else x.contiguous() for x in (row_exponents, column_exponents, bias)]
     out = torch.empty(n, m)
     if out.numel():
         argument = _Product(_operand(a, k_axis=1), _operand(b, k_axis=0), _Output(out.data_ptr(), n, m, factors))
-        argument.to.bias = None if bias is None else bias.data_ptr()
+        for name, x in zip(("row_exponents", "column_exponents", "bias"), vectors, strict=True):
+            setattr(argument.to, name, None if x is None else x.data_ptr())
         if _kernels().product(ctypes.byref(argument)):
             raise MemoryError(f"no memory to pack [{n}, {k}] and [{k}, {m}]")
     return out
@@ -66,7 +77,7 @@ class _Output(ctypes.Structure):
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("n", "m")),
         ("factors", ctypes.c_float * 2),
-        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("row_exponents", "column_exponents", "bias")),
     ]
 
 

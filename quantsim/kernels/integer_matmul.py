@@ -43,16 +43,25 @@ def multiply(a: FixedPoint, b: FixedPoint, bias: Tensor | None = None) -> Tensor
     """``a @ b + bias`` in float32: mantissas multiplied exactly, exponents added, the accumulators mapped back.
 
     Args:
-        a: ``[*, n, k]``.
-        b: ``[*, k, m]``.
+        a: ``[*, n, k]``; exponents, where there are several, are of its rows.
+        b: ``[*, k, m]``; of its columns.
         bias: ``[m]``.
     """
-    exponent = a.exponent + b.exponent
+    bias = None if bias is None else bias.detach().float()
+    whole, rows, columns = _exponents(a.exponent, b.exponent)
     if _on_tiles(a.mantissa, b.mantissa):
-        return amx.product(a.mantissa, b.mantissa, factors_of(exponent), None if bias is None else bias.detach().float())
-    if max(a.bits, b.bits) > 8 and _on_int8_kernel(a.mantissa, b.mantissa) and not missing_for_digits():
-        return _by_digits_in_one_pass(a, b, factors_of(exponent), bias)
-    return from_accumulator(integer_matmul(a.mantissa, b.mantissa, a.bits, b.bits), exponent, bias)
+        return amx.product(a.mantissa, b.mantissa, factors_of(whole), bias, rows, columns)
+    by_digits = max(a.bits, b.bits) > 8 and _on_int8_kernel(a.mantissa, b.mantissa) and not missing_for_digits()
+    if by_digits and rows is columns is None:
+        return _by_digits_in_one_pass(a, b, factors_of(whole), bias)
+    total = _by_digits_in_one_pass(a, b, (1.0, 1.0), None) if by_digits else integer_matmul(a.mantissa, b.mantissa, a.bits, b.bits)
+    return from_accumulator(total, a.exponent + b.exponent, bias)
+
+
+def _exponents(a: int | Tensor, b: int | Tensor) -> tuple[int, Tensor | None, Tensor | None]:
+    """What both share, and those of the product's rows and columns."""
+    whole = sum(x for x in (a, b) if isinstance(x, int))
+    return whole, a if isinstance(a, Tensor) else None, b if isinstance(b, Tensor) else None
 
 
 def integer_matmul(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:

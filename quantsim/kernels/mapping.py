@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantsim.kernels.build import BuildError, library
 from quantsim.numerics import fixed_point
-from quantsim.numerics.fixed_point import FixedPoint, exponent_for, limit_of, mantissa_dtype
+from quantsim.numerics.fixed_point import FixedPoint, check_bits, exponent_for, limit_of, mantissa_dtype
 
 SOURCE = Path(__file__).with_name("mapping.cpp")
 
@@ -47,6 +47,37 @@ def to_fixed_point(
     if exponent is None:
         exponent = shared_exponent(flat, bits, what)
     out = torch.empty(x.shape, dtype=mantissa_dtype(bits))
+    _kernels().map(ctypes.byref(_mapping(flat, out, bits, stream, exponent)))
+    return FixedPoint(out, exponent, bits)
+
+
+def to_fixed_point_by(
+    axis: int, x: Tensor, bits: int, stream: tuple[int, int] | None = None, *, times: Tensor | None = None, what: str = "tensor"
+) -> FixedPoint:
+    """``numerics.fixed_point.to_fixed_point_by``, on the kernels where there are some: the same arguments, mantissas and errors."""
+    check_bits(bits, what)
+    if _on_kernel(x):
+        flat, exponents = _flat(x), torch.empty((len(x), 1) if axis == 0 else (1, x.shape[1]), dtype=torch.int32)
+        out = torch.empty(x.shape, dtype=mantissa_dtype(bits))
+        argument = _ByAxis(all=_mapping(flat, out, bits, stream), rows=x.shape[0], columns=x.shape[1], axis=axis, bits=bits)
+        times = None if times is None else times.contiguous()
+        argument.times, argument.exponents = None if times is None else times.data_ptr(), exponents.data_ptr()
+        if not _kernels().map_by_axis(ctypes.byref(argument)):
+            return FixedPoint(out, exponents, bits)
+    return fixed_point.to_fixed_point_by(axis, x, bits, stream, times=times, what=what)
+
+
+def sum_rows(g: FixedPoint) -> Tensor:
+    """The rows of a matrix whose rows have exponents, added up in float64: ``[n, m] -> [m]``."""
+    assert isinstance(g.exponent, Tensor)
+    if not _on_kernel(g.mantissa):
+        return (g.mantissa.double() * fixed_point.power_of_two(g.exponent, torch.float64)).sum(0)
+    m, out = g.mantissa.contiguous(), torch.empty(g.mantissa.shape[1], dtype=torch.float64)
+    _kernels().sum_rows_scaled(m.data_ptr(), m.element_size(), *m.shape, g.exponent.contiguous().data_ptr(), out.data_ptr())
+    return out
+
+
+def _mapping(flat: Tensor, out: Tensor, bits: int, stream: tuple[int, int] | None, exponent: int = 0) -> _Mapping:
     argument = _Mapping(
         x=flat.data_ptr(),
         n=flat.numel(),
@@ -57,8 +88,7 @@ def to_fixed_point(
         out=out.data_ptr(),
     )
     argument.keys = (ctypes.c_uint32 * 2)(*(key % 2**32 for key in stream or (0, 0)))
-    _kernels().map(ctypes.byref(argument))
-    return FixedPoint(out, exponent, bits)
+    return argument
 
 
 def _on_kernel(x: Tensor) -> bool:
@@ -82,9 +112,24 @@ class _Mapping(ctypes.Structure):
     ]
 
 
+class _ByAxis(ctypes.Structure):
+    """``struct ByAxis`` of the source, field for field."""
+
+    _fields_ = [
+        ("all", _Mapping),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        ("times", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("axis", "bits")),
+        ("exponents", ctypes.c_void_p),
+    ]
+
+
 @cache
 def _kernels() -> Any:
     found = library(SOURCE)
     found.largest.argtypes, found.largest.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_float
     found.map.argtypes, found.map.restype = [ctypes.POINTER(_Mapping)], None
+    found.map_by_axis.argtypes, found.map_by_axis.restype = [ctypes.POINTER(_ByAxis)], ctypes.c_int32
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.sum_rows_scaled.argtypes, found.sum_rows_scaled.restype = [pointer, ctypes.c_int32, number, number, pointer, pointer], None
     return found

@@ -15,6 +15,10 @@ the mean is ``x``) or to the nearest::
 but for the last step below ``2**E``: what would round up to ``2**E`` is clamped to ``limit * step``, by less than a step.
 So a bit more is 6.02 dB, and stochastic rounding costs 3.01 dB.
 
+**Exponents of rows.** One exponent for a whole tensor leaves few steps to what lies beside an outlier. So the rows of a matrix (or its
+columns) may have an exponent each, found in the row as above; a matrix may be multiplied by powers of two along its other axis before
+(``times``), which is exact, so that a factor of a product can take over the exponents of the other. All of the bounds hold row by row.
+
 A tensor of zeros, or an empty one, has the least exponent. The least step is the smallest normal float32: what is smaller, denormals
 among it, is rounded on that grid. A tensor with NaN or infinity has no exponent and is refused.
 
@@ -45,22 +49,29 @@ class FixedPointError(ValueError):
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """``mantissa * 2**exponent``: int8 up to 8 bits, int16 up to 16."""
+    """``mantissa * 2**exponent``: int8 up to 8 bits, int16 up to 16.
+
+    ``exponent`` is one for all, or int32 ``[n, 1]`` of the rows or ``[1, m]`` of the columns.
+    """
 
     mantissa: Tensor
-    exponent: int
+    exponent: int | Tensor
     bits: int
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
 
     @property
-    def step(self) -> float:
-        return math.ldexp(1.0, self.exponent)
+    def step(self) -> float | Tensor:
+        return math.ldexp(1.0, self.exponent) if isinstance(self.exponent, int) else power_of_two(self.exponent)
 
     def t(self) -> FixedPoint:
         """The last two axes swapped: ``[*, n, k] -> [*, k, n]``."""
-        return replace(self, mantissa=self.mantissa.mT)
+        return replace(self, mantissa=self.mantissa.mT, exponent=self.exponent if isinstance(self.exponent, int) else self.exponent.mT)
+
+    def without_exponent(self) -> FixedPoint:
+        """The mantissas alone, for a product whose other factor took the exponents over (``times``)."""
+        return replace(self, exponent=0)
 
     def value(self) -> Tensor:
         """``x_hat``, as float32; exact."""
@@ -99,9 +110,13 @@ def shared_exponent(x: Tensor, bits: int, what: str = "tensor") -> int:
         return LEAST_EXPONENT
     low, high = (float(end) for end in torch.aminmax(x.detach().float()))
     if not (math.isfinite(low) and math.isfinite(high)):
-        bad = x.numel() - int(x.detach().float().isfinite().sum())
-        raise FixedPointError(f"{what}: {bad} of {x.numel()} values are NaN or infinite (shape {list(x.shape)}); they share no exponent")
+        raise _not_finite(x.detach().float(), what)
     return exponent_for(max(-low, high), bits, what)
+
+
+def _not_finite(x: Tensor, what: str) -> FixedPointError:
+    bad = x.numel() - int(x.isfinite().sum())
+    return FixedPointError(f"{what}: {bad} of {x.numel()} values are NaN or infinite (shape {list(x.shape)}); they share no exponent")
 
 
 def exponent_for(largest: float, bits: int, what: str = "tensor") -> int:
@@ -148,7 +163,40 @@ def to_fixed_point(
     return FixedPoint(mantissa.reshape(x.shape), exponent, bits)
 
 
-def from_accumulator(accumulator: Tensor, exponent: int, bias: Tensor | None = None) -> Tensor:
+def to_fixed_point_by(
+    axis: int, x: Tensor, bits: int, stream: tuple[int, int] | None = None, *, times: Tensor | None = None, what: str = "tensor"
+) -> FixedPoint:
+    """Map a matrix ``[n, m]`` to integers with an exponent for each row (``axis`` 0) or each column (1).
+
+    Args:
+        times: exponents of powers of two that ``x`` is multiplied by first, int32: ``[1, m]`` for rows, ``[n, 1]`` for columns.
+
+    Raises:
+        FixedPointError: as :func:`to_fixed_point`.
+
+    >>> to_fixed_point_by(0, torch.tensor([[0.3, -1.5], [0.003, 0.001]]), 8).value()
+    tensor([[ 0.2969, -1.5000],
+            [ 0.0030,  0.0010]])
+    """
+    check_bits(bits, what)
+    y = x.detach().float() if times is None else x.detach().float() * power_of_two(times)
+    if not y.numel():
+        shape = (len(x), 1) if axis == 0 else (1, x.shape[1])
+        return FixedPoint(y.to(mantissa_dtype(bits)), torch.full(shape, LEAST_EXPONENT, dtype=torch.int32, device=x.device), bits)
+    largest = y.abs().amax(1 - axis, keepdim=True)
+    if not bool(largest.isfinite().all()):
+        raise _not_finite(y, what)
+    exponent = torch.where(largest > 0, largest.frexp().exponent - (bits - 1), LEAST_EXPONENT).clamp_min(LEAST_EXPONENT).int()
+    flat = (y * power_of_two(-exponent)).reshape(-1)
+    numbers = torch.tensor([1.0, limit_of(bits)], device=x.device)
+    if stream is None:
+        mantissa = _nearest(flat, numbers, mantissa_dtype(bits))
+    else:
+        mantissa = _in_chunks(flat, numbers, mantissa_dtype(bits), torch.tensor(stream, dtype=torch.int32, device=x.device))
+    return FixedPoint(mantissa.reshape(x.shape), exponent, bits)
+
+
+def from_accumulator(accumulator: Tensor, exponent: int | Tensor, bias: Tensor | None = None) -> Tensor:
     """The inverse mapping: ``accumulator * 2**exponent + bias`` as float32.
 
     Exact integers of any dtype come in, and are rounded once to 24 bits; scaling is exact unless the result itself is not a normal
@@ -156,15 +204,30 @@ def from_accumulator(accumulator: Tensor, exponent: int, bias: Tensor | None = N
 
     Args:
         accumulator: ``[*, n]``, exact integers as int32, int64 or float64.
-        exponent: from -252 to 252.
+        exponent: from -252 to 252; a tensor broadcasts against ``accumulator``.
         bias: ``[n]``, added in float32.
     """
+    if isinstance(exponent, Tensor):
+        half = exponent.div(2, rounding_mode="floor")
+        scaled = accumulator.float() * power_of_two(half) * power_of_two(exponent - half)
+        return scaled if bias is None else scaled + bias.detach().float()
     factors = torch.tensor(factors_of(exponent), device=accumulator.device)
     if bias is None:
         flat = _plain(accumulator.reshape(-1))
         return _kernel(_inverse, flat)(flat, factors).reshape(accumulator.shape)
     rows = _plain(accumulator.reshape(-1, accumulator.shape[-1]))
     return _kernel(_inverse_with_bias, rows)(rows, factors, _plain(bias.detach().float())).reshape(accumulator.shape)
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``2**exponent``, exact: put together from its bits. Exponents are int32, of normal numbers of ``dtype`` (float32 or float64).
+
+    >>> power_of_two(torch.tensor([-126, 0, 127], dtype=torch.int32)).tolist() == [2.0**-126, 1.0, 2.0**127]
+    True
+    """
+    if dtype == torch.float64:
+        return ((exponent.long() + 1023) << 52).view(dtype)
+    return ((exponent.int() + 127) << 23).view(dtype)
 
 
 def factors_of(exponent: int) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from quantsim.config import ConfigError, near
 from quantsim.numerics.fixed_point import FixedPointError, check_bits
 
 Rounding = Literal["stochastic", "nearest"]
+Exponents = Literal["row", "tensor"]
 Kind = Literal["linear", "convolution", "layer_norm", "embedding", "matmul"]
 Operand = Literal["weight", "activation", "gradient"]
 
@@ -26,6 +27,9 @@ class IntegerConfig:
             stochastically, as their sums over steps must be unbiased; the forward to the nearest, with half the mean square error
             and the values that evaluation sees (the paper doesn't say). In eval mode all are rounded to the nearest, so that
             evaluation is deterministic.
+        exponents: ``"row"``: an exponent for each row of a linear's and a LayerNorm's activations and gradients (a token), of a linear's
+            weight (an output), and of an embedding's table. ``"tensor"``: one for each tensor, as the paper has it; 8 bits then lose
+            much beside outliers.
         ops: the kinds of ops that become integer ones. ``"matmul"`` are products of two activations, as in attention; the paper
             doesn't name them, and they are left in float by default.
         keep_float: patterns (``fnmatch``) of op names to leave in float, as ``("classifier.*",)``.
@@ -44,6 +48,7 @@ class IntegerConfig:
     weight_rounding: Rounding = "nearest"
     activation_rounding: Rounding = "nearest"
     gradient_rounding: Rounding = "stochastic"
+    exponents: Exponents = "row"
     ops: tuple[Kind, ...] = ("linear", "convolution", "layer_norm", "embedding")
     keep_float: tuple[str, ...] = ()
 
@@ -55,6 +60,8 @@ class IntegerConfig:
                 raise ConfigError(str(error)) from None
             if self.rounding(operand) not in get_args(Rounding):
                 raise ConfigError(f"{operand}_rounding: {self.rounding(operand)!r}; expected {' or '.join(get_args(Rounding))}")
+        if self.exponents not in get_args(Exponents):
+            raise ConfigError(f"exponents: {self.exponents!r}; expected {' or '.join(get_args(Exponents))}")
         for name in ("ops", "keep_float"):
             if isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}: {getattr(self, name)!r}; expected a tuple of names")
@@ -71,4 +78,4 @@ class IntegerConfig:
 
     def __str__(self) -> str:
         parts = (f"{operand}s {self.bits(operand)} bits {self.rounding(operand)}" for operand in OPERANDS)
-        return ", ".join(parts)
+        return ", ".join((*parts, f"an exponent a {self.exponents}"))

@@ -1,6 +1,7 @@
 """Embedding, forward and backward in integers.
 
-The table has one exponent; the rows that are looked up are mapped, each look-up with random numbers of its own::
+Each row of the table has an exponent, or the table has one (``exponents``); the rows that are looked up are mapped, each look-up with
+random numbers of its own. The gradient has one exponent, so that its sums are exact::
 
     Y  = inverse(W_hat[ids])                                    [*, width]
     dW[id] = inverse(sum over the places of id of G_hat)        exact in int64
@@ -29,11 +30,15 @@ def embedding(mapper: Mapper, weight: Tensor, ids: Tensor, padding_idx: int = -1
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mapper: Mapper, weight: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
-        exponent = shared_exponent(weight, mapper.config.weight_bits, f"{mapper.name}, weight")
-        rows = mapper.map(weight.detach()[ids], "weight", exponent=exponent)
+        found = weight.detach()[ids.reshape(-1)]
+        if mapper.config.exponents == "row":
+            rows = mapper.map(found, "weight", axis=0)
+        else:
+            exponent = shared_exponent(weight, mapper.config.weight_bits, f"{mapper.name}, weight")
+            rows = mapper.map(found, "weight", exponent=exponent)
         ctx.save_for_backward(ids)
         ctx.mapper, ctx.shape, ctx.padding_idx = mapper, weight.shape, padding_idx
-        return rows.value().to(weight.dtype)
+        return rows.value().reshape(*ids.shape, weight.shape[1]).to(weight.dtype)
 
     @staticmethod
     @once_differentiable

@@ -12,6 +12,9 @@
 ``c_i r = (x_i - mean) / sqrt(var + eps)``, for the exponent cancels from everything but ``eps``. ``gamma`` is mapped as a weight,
 ``beta`` is added in float32 as a bias is.
 
+With ``exponents="row"`` a row of ``x`` and of the gradient has its own ``e``; nothing else changes, for rows never meet before ``dgamma``
+and ``dbeta``.
+
 **Backward.** With ``G`` mapped, ``h_i = g_i gamma_i`` and the normalized ``n_i = c_i r``::
 
     A = sum h_i            P = sum h_i m_i        exact, int64
@@ -42,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quantsim.numerics.fixed_point import FixedPoint, FixedPointError
+from quantsim.numerics.fixed_point import FixedPoint, FixedPointError, power_of_two
 from quantsim.numerics.fused import compiled_kernel, fused_kernels_active
 from quantsim.rewrites.integer_training.op import Mapper, keep, kept
 from quantsim.rewrites.integer_training.products import sum_rows
@@ -69,9 +72,9 @@ class _LayerNorm(torch.autograd.Function):
         ctx: Any, mapper: Mapper, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         width = math.prod(shape)
-        q = mapper.map(x.reshape(-1, width), "activation")  # [n, N]
+        q = mapper.map(x.reshape(-1, width), "activation", axis=0)  # [n, N]
         gamma = _ones(width, x) if weight is None else mapper.map(weight.reshape(-1), "weight")
-        n2_eps = torch.tensor(width * width * math.ldexp(eps, -2 * q.exponent), dtype=torch.float64, device=x.device)
+        n2_eps = width * width * eps * _power(-2 * q.exponent, x.device)
         y, total, r = _kernel(_normalized, q.mantissa)(q.mantissa, gamma.value(), n2_eps, _exact_in(q))
         keep(ctx, q, gamma, also=(total, r))
         ctx.mapper, ctx.shape, ctx.parameter_shape = mapper, x.shape, shape
@@ -84,17 +87,14 @@ class _LayerNorm(torch.autograd.Function):
         (q, gamma), (total, r) = kept(ctx)
         assert total is not None
         assert r is not None
-        g = ctx.mapper.map(grad.reshape(q.mantissa.shape), "gradient")
+        g = ctx.mapper.map(grad.reshape(q.mantissa.shape), "gradient", axis=0)
         _, needs_x, _, needs_gamma, needs_beta, _ = ctx.needs_input_grad
-        n, number = (
-            q.mantissa,
-            torch.tensor(math.ldexp(1.0, g.exponent + gamma.exponent - q.exponent), dtype=torch.float64, device=r.device),
-        )
+        n, number = q.mantissa, _power(g.exponent + gamma.exponent - q.exponent, r.device)
         dx = dgamma = None
         if needs_x:
             dx = _kernel(_input_gradient, n)(g.mantissa, n, gamma.mantissa, total, r, number, _exact_in(q)).reshape(ctx.shape)
         if needs_gamma:
-            terms = _kernel(_gamma_terms, n)(g.mantissa, n, total, r, torch.tensor(g.step, device=r.device), _exact_in(q))
+            terms = _kernel(_gamma_terms, n)(g.mantissa, n, total, r, torch.as_tensor(g.step, device=r.device), _exact_in(q))
             dgamma = terms.sum(0).reshape(ctx.parameter_shape)  # apart: fused, its order of sums would hang on the number of threads
         dbeta = sum_rows(g).reshape(ctx.parameter_shape) if needs_beta else None
         return None, dx, None, dgamma, dbeta, None
@@ -140,6 +140,11 @@ def _input_gradient(g: Tensor, m: Tensor, gamma: Tensor, total: Tensor, r: Tenso
 
 def _gamma_terms(g: Tensor, m: Tensor, total: Tensor, r: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     return g.float() * step * _centred(m, total, dtype) * r
+
+
+def _power(exponent: int | Tensor, device: torch.device) -> Tensor:
+    """``2**exponent`` in float64: one number, or ``[n, 1]``."""
+    return power_of_two(torch.as_tensor(exponent, dtype=torch.int32, device=device), torch.float64)
 
 
 def _ones(width: int, like: Tensor) -> FixedPoint:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantsim.kernels.mapping import to_fixed_point
+from quantsim.kernels.mapping import to_fixed_point, to_fixed_point_by
 from quantsim.numerics.fixed_point import FixedPoint
 from quantsim.numerics.random_bits import stream_of
 from quantsim.rewrites.integer_training.config import OPERANDS, IntegerConfig, Operand
@@ -31,8 +31,22 @@ class Mapper:
     config: IntegerConfig
     key: int | None
 
-    def map(self, x: Tensor, operand: Operand, slot: int = 0, exponent: int | None = None) -> FixedPoint:
+    def map(
+        self,
+        x: Tensor,
+        operand: Operand,
+        slot: int = 0,
+        *,
+        exponent: int | None = None,
+        axis: int | None = None,
+        times: int | Tensor | None = None,
+    ) -> FixedPoint:
         """``x`` as integers; ``slot`` tells two operands of a kind apart.
+
+        Args:
+            exponent: of a larger tensor that ``x`` is a part of.
+            axis: where ``config.exponents`` is ``"row"``, a matrix gets an exponent for each row (0) or column (1).
+            times: exponents that the matrix is multiplied by first, along its other axis.
 
         Raises:
             FixedPointError: NaN or infinity in ``x``; the message names the op and the operand.
@@ -40,7 +54,10 @@ class Mapper:
         stream = None
         if self.key is not None and self.config.rounding(operand) == "stochastic":
             stream = stream_of(self.key, self.number, OPERANDS.index(operand), slot)
-        return to_fixed_point(x, self.config.bits(operand), stream, exponent=exponent, what=f"{self.name}, {operand}")
+        bits, what = self.config.bits(operand), f"{self.name}, {operand}"
+        if axis is None or self.config.exponents == "tensor":
+            return to_fixed_point(x, bits, stream, exponent=exponent, what=what)
+        return to_fixed_point_by(axis, x, bits, stream, times=times if isinstance(times, Tensor) else None, what=what)
 
 
 class IntegerOp(nn.Module):

@@ -15,6 +15,16 @@ integers. So an element of ``dX`` differs from that of float, for these ``X`` an
 
 and the same holds for ``Y`` (with ``s_X, s_W``) and ``dW`` (with ``s_G, s_X``). Where rounding is stochastic the operands of a product
 are rounded independently, so its expectation is that of float (but for values in the topmost step of a tensor, which are clamped).
+
+**Exponents of rows** (``exponents="row"``): each token of ``X`` and each output of ``W`` has its own, ``X = 2**x[n] X_hat`` and
+``W = 2**w[o] W_hat``. Forward they scale the accumulators' rows and columns. Backward they would stand inside the sums, so ``G`` takes
+them over before it is mapped, once for each product; it is multiplied by powers of two, which is exact::
+
+    dX = 2**g[n] (G_hat @ W_hat)          G 2**w[o] = 2**g[n] G_hat,    an exponent for each row
+    dW = 2**h[o] (H_hat.T @ X_hat)        G 2**x[n] = 2**h[o] H_hat,    an exponent for each column
+    db = sum over rows of 2**g[n] G_hat, times 2**-w[o], in float64
+
+The bounds hold with the steps of row and column. An outlier then costs precision in its own token or output alone.
 """
 
 from __future__ import annotations
@@ -25,9 +35,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quantsim.kernels import mapping
 from quantsim.kernels.digits import missing_for_digits, sums
 from quantsim.kernels.integer_matmul import multiply
-from quantsim.numerics.fixed_point import FixedPoint, from_accumulator
+from quantsim.numerics.fixed_point import FixedPoint, from_accumulator, power_of_two
 from quantsim.rewrites.integer_training.op import Mapper, keep, kept
 
 
@@ -52,7 +63,9 @@ def matmul(mapper: Mapper, a: Tensor, b: Tensor) -> Tensor:
 
 
 def sum_rows(g: FixedPoint) -> Tensor:
-    """``[n, out] -> [out]``, exact until it is mapped back."""
+    """``[n, out] -> [out]`` in float32: exact until it is mapped back, and in float64 where rows have exponents."""
+    if isinstance(g.exponent, Tensor):
+        return mapping.sum_rows(g).float()
     m = g.mantissa
     total = m.sum(0, dtype=torch.int64) if m.device.type != "cpu" or missing_for_digits() else sums(m, 0)
     return from_accumulator(total, g.exponent)
@@ -61,8 +74,8 @@ def sum_rows(g: FixedPoint) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mapper: Mapper, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        q = mapper.map(x.reshape(-1, x.shape[-1]), "activation")  # [*, in] -> [n, in]
-        w = mapper.map(weight, "weight")
+        q = mapper.map(x.reshape(-1, x.shape[-1]), "activation", axis=0)  # [*, in] -> [n, in]
+        w = mapper.map(weight, "weight", axis=0)
         keep(ctx, q, w)
         ctx.mapper, ctx.shape = mapper, x.shape
         y = multiply(q, w.t(), bias)
@@ -72,14 +85,21 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
         (x, w), _ = kept(ctx)
-        g = ctx.mapper.map(grad.reshape(-1, grad.shape[-1]), "gradient")  # [n, out]
         _, needs_x, needs_w, needs_b = ctx.needs_input_grad
-        return (
-            None,
-            multiply(g, w).reshape(ctx.shape) if needs_x else None,
-            multiply(g.t(), x) if needs_w else None,
-            sum_rows(g) if needs_b else None,
-        )
+        grad = grad.reshape(-1, grad.shape[-1])  # [n, out]
+        if isinstance(w.exponent, int):
+            g = ctx.mapper.map(grad, "gradient")
+            dx = multiply(g, w).reshape(ctx.shape) if needs_x else None
+            return None, dx, multiply(g.t(), x) if needs_w else None, sum_rows(g) if needs_b else None
+        dx = dw = db = None
+        if needs_x or needs_b:
+            g = ctx.mapper.map(grad, "gradient", axis=0, times=w.t().exponent)
+            dx = multiply(g, w.without_exponent()).reshape(ctx.shape) if needs_x else None
+            db = sum_rows(g) * power_of_two(-w.exponent.flatten()) if needs_b else None
+        if needs_w:
+            h = ctx.mapper.map(grad, "gradient", slot=1, axis=1, times=x.exponent)
+            dw = multiply(h.t(), x.without_exponent())
+        return None, dx, dw, db
 
 
 class _Matmul(torch.autograd.Function):
