@@ -44,6 +44,22 @@ def test_a_product_is_the_exact_one_rounded_once(bits, sizes, turned, exponent, 
 
 
 @TILES
+@settings(max_examples=60, deadline=None)
+@given(bits=st.tuples(st.integers(4, 16), st.integers(4, 16)), sizes=st.tuples(SIZES, SIZES, SIZES), seed=st.integers(0, 999))
+def test_exponents_of_rows_and_columns(bits, sizes, seed) -> None:
+    """From the least normal number to the largest; also where the result is not normal."""
+    (n, k, m), generator = sizes, torch.Generator().manual_seed(seed)
+    a, b = mantissas(bits[0], (n, k), seed), mantissas(bits[1], (k, m), seed + 1)
+    rows = torch.randint(-126, 40, (n, 1), dtype=torch.int32, generator=generator)
+    columns = torch.randint(-30, 40, (1, m), dtype=torch.int32, generator=generator)
+    bias = torch.randn(m, generator=generator) if seed % 2 else None
+    of_rows, of_both = (multiply(FixedPoint(a, rows, bits[0]), FixedPoint(b, e, bits[1]), bias) for e in (-3, columns))
+    exact = a.double() @ b.double()
+    assert torch.equal(of_rows, from_accumulator(exact, rows - 3, bias))
+    assert torch.equal(of_both, from_accumulator(exact, rows + columns, bias))
+
+
+@TILES
 def test_every_mantissa_of_16_bits_times_the_least_and_the_largest() -> None:
     m = torch.arange(-(2**15) + 1, 2**15, dtype=torch.int16)[:, None]
     ends = torch.tensor([[1, -1, 32767, -32767, 255, 256]], dtype=torch.int16)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantsim.kernels import mapping
-from quantsim.kernels.mapping import missing_for_mapping, shared_exponent, to_fixed_point
+from quantsim.kernels.mapping import missing_for_mapping, shared_exponent, sum_rows, to_fixed_point, to_fixed_point_by
 from quantsim.numerics import fixed_point
-from quantsim.numerics.fixed_point import FixedPointError
+from quantsim.numerics.fixed_point import FixedPointError, power_of_two
 from quantsim.numerics.random_bits import stream_of
 
 pytestmark = pytest.mark.skipif(bool(missing_for_mapping()), reason=missing_for_mapping())
@@ -47,14 +47,48 @@ def test_strides_zeros_and_empty_tensors() -> None:
     assert torch.equal(to_fixed_point(x.t(), 8).mantissa, fixed_point.to_fixed_point(x.t(), 8).mantissa)
     assert to_fixed_point(torch.zeros(3), 8).exponent == fixed_point.LEAST_EXPONENT
     assert to_fixed_point(torch.zeros(0, 4), 8).mantissa.shape == (0, 4)
+    for axis, shape in ((0, (0, 1)), (1, (1, 4))):
+        nothing = to_fixed_point_by(axis, torch.zeros(0, 4), 8)
+        assert (nothing.mantissa.shape, nothing.exponent.shape) == ((0, 4), shape)
+    assert torch.equal(to_fixed_point_by(0, x.t(), 8).mantissa, fixed_point.to_fixed_point_by(0, x.t(), 8).mantissa)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    axis=st.sampled_from((0, 1)),
+    shape=st.tuples(st.sampled_from((1, 2, 17, 64)), st.sampled_from((1, 3, 16, 513, 1100))),
+    bits=st.integers(4, 16),
+    magnitude=st.integers(-40, 30),
+    times=st.booleans(),
+    stream=st.none() | st.tuples(st.integers(0, 2**63), st.integers(0, 99)),
+    seed=st.integers(0, 99),
+)
+def test_exponents_of_rows_and_columns_are_those_of_the_formula(axis, shape, bits, magnitude, times, stream, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator).double().mul(10.0**magnitude).float()
+    x *= torch.exp2(torch.randint(-9, 10, (shape[0], 1), generator=generator).float())
+    x[seed % shape[0]] = 0
+    other = (1, shape[1]) if axis == 0 else (shape[0], 1)
+    moved = torch.randint(-20, 21, other, dtype=torch.int32, generator=generator) if times else None
+    keys = None if stream is None else stream_of(*stream)
+    found, expected = (m.to_fixed_point_by(axis, x, bits, keys, times=moved) for m in (mapping, fixed_point))
+    assert torch.equal(found.exponent, expected.exponent)
+    assert torch.equal(found.mantissa, expected.mantissa)
+    if axis == 0:
+        in_float64 = (found.mantissa.double() * power_of_two(found.exponent, torch.float64)).sum(0)
+        torch.testing.assert_close(sum_rows(found), in_float64, rtol=1e-12, atol=float(found.step.max()) * 1e-9)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_refused_by_name(value: float) -> None:
     x = torch.ones(3, 4)
     x[1, 2] = value
-    with pytest.raises(FixedPointError, match=r"classifier, gradient: 1 of 12 values are NaN or infinite \(shape \[3, 4\]\)"):
+    message = r"classifier, gradient: 1 of 12 values are NaN or infinite \(shape \[3, 4\]\)"
+    with pytest.raises(FixedPointError, match=message):
         to_fixed_point(x, 8, what="classifier, gradient")
+    for axis in (0, 1):
+        with pytest.raises(FixedPointError, match=message):
+            to_fixed_point_by(axis, x, 8, what="classifier, gradient")
 
 
 def test_bits_out_of_range_are_refused() -> None:

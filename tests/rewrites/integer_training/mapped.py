@@ -16,18 +16,19 @@ BITS = [(8, 8, 8), (4, 6, 5), (10, 10, 10), (12, 8, 16), (16, 16, 16)]
 
 
 def mapper(bits: tuple[int, int, int] = (8, 8, 8), key: int | None = 11, **changes: Any) -> Mapper:
-    """Every operand is rounded stochastically, unless ``changes`` says otherwise or there is no key."""
-    rounding = {f"{operand}_rounding": "stochastic" for operand in OPERANDS}
-    return Mapper("layer.dense", 3, IntegerConfig(*bits, **(rounding | changes)), key)
+    """Every operand is rounded stochastically and has one exponent, unless ``changes`` says otherwise or there is no key."""
+    settings = {f"{operand}_rounding": "stochastic" for operand in OPERANDS} | {"exponents": "tensor"}
+    return Mapper("layer.dense", 3, IntegerConfig(*bits, **(settings | changes)), key)
 
 
-def value(m: Mapper, x: Tensor, operand: Operand) -> Tensor:
+def value(m: Mapper, x: Tensor, operand: Operand, **how: Any) -> Tensor:
     """``x_hat``, in float64."""
-    return m.map(x.detach(), operand).value().double()
+    return m.map(x.detach(), operand, **how).value().double()
 
 
-def step(m: Mapper, x: Tensor, operand: Operand) -> float:
-    return m.map(x.detach(), operand).step
+def step(m: Mapper, x: Tensor, operand: Operand, **how: Any) -> Any:
+    """A number; with an ``axis``, and exponents of rows, ``[n, 1]`` or ``[1, m]``."""
+    return m.map(x.detach(), operand, **how).step
 
 
 def leaf(*shape: int, scale: float = 1.0) -> Tensor:

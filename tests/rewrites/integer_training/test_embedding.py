@@ -24,6 +24,21 @@ def test_rows_and_gradients(bits: tuple[int, int, int]) -> None:
     assert torch.equal(table.grad, expected.float())
 
 
+def test_each_row_of_the_table_may_have_a_grid() -> None:
+    m, table = mapper(exponents="row"), leaf(5, 8)
+    with torch.no_grad():
+        table[2] *= 1e6
+    ids = torch.tensor([[0, 2, 4], [2, 2, 1]])
+    y = embedding(m, table, ids)
+    rows = m.map(table.detach()[ids.flatten()], "weight", axis=0)
+    assert torch.equal(y.reshape(6, 8), rows.value())
+    assert ((y - table[ids]).abs().amax(2) < rows.step.reshape(2, 3)).all()
+    g = torch.randn_like(y)
+    y.backward(g)
+    expected = torch.zeros(5, 8, dtype=torch.float64).index_add_(0, ids.flatten(), value(m, g, "gradient").reshape(-1, 8))
+    assert torch.equal(table.grad, expected.float())
+
+
 def test_the_grid_is_the_tables_and_not_that_of_the_rows() -> None:
     table = leaf(3, 4, scale=1e-3)
     with torch.no_grad():
