@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
@@ -47,6 +48,15 @@ def library(source: Path) -> ctypes.CDLL:
         raise BuildError(f"{compiler[0]} refused {source.name}: {refused.split('error:')[-1].strip()}") from error
     except OSError as error:
         raise BuildError(f"{source.name}: {error}") from error
+
+
+def why_not(build: Callable[[], object]) -> str:
+    """Why a kernel doesn't run here; empty where ``build``, which makes it, has no :class:`BuildError`."""
+    try:
+        build()
+    except BuildError as error:
+        return str(error)
+    return ""
 
 
 def _cpu() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantsim.kernels.build import BuildError, library
+from quantsim.kernels.build import library, why_not
 
 SOURCE = Path(__file__).with_name("digits.cpp")
 
@@ -19,11 +19,7 @@ SOURCE = Path(__file__).with_name("digits.cpp")
 @cache
 def missing_for_digits() -> str:
     """Why the kernels don't run here; empty where they do."""
-    try:
-        _kernels()
-    except BuildError as error:
-        return str(error)
-    return ""
+    return why_not(_kernels)
 
 
 def cut(m: Tensor, sixteen: bool) -> tuple[Tensor, Tensor]:

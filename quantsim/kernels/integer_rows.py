@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quantsim.kernels.build import BuildError, library
+from quantsim.kernels.build import library, why_not
 
 SOURCE = Path(__file__).with_name("rows.cpp")
 LEADING, NUMBERS = 5, 8  # axes before the last, and plain numbers of a step
@@ -117,11 +117,7 @@ def missing_for_rows(device: str = "cpu") -> str:
     """Why the kernel doesn't run here; empty where it does."""
     if device != "cpu":
         return f"rows.cpp is for CPUs, not for {device}"
-    try:
-        _kernel()
-    except BuildError as error:
-        return str(error)
-    return ""
+    return why_not(_kernel)
 
 
 # ---- the kernel ----

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantsim.kernels.build import BuildError, library
+from quantsim.kernels.build import library, why_not
 from quantsim.numerics import fixed_point
 from quantsim.numerics.fixed_point import FixedPoint, check_bits, exponent_for, limit_of, mantissa_dtype
 
@@ -21,11 +21,7 @@ SOURCE = Path(__file__).with_name("mapping.cpp")
 @cache
 def missing_for_mapping() -> str:
     """Why the kernels don't run here; empty where they do."""
-    try:
-        _kernels()
-    except BuildError as error:
-        return str(error)
-    return ""
+    return why_not(_kernels)
 
 
 def shared_exponent(x: Tensor, bits: int, what: str = "tensor") -> int:
