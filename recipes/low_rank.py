@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from quantsim.formats.checkpoint import RANGES, plain_state
+from recipes.tasks import RecipeError
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -69,7 +70,8 @@ def go_on_low_rank(model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, T
     """As :func:`add_low_rank`, going on from the ``(up, down)`` of a checkpoint, by the weights' names."""
     for name, (up, down) in factors.items():
         linear = model.get_submodule(name.rpartition(".")[0])
-        assert isinstance(linear, nn.Linear)
+        if not isinstance(linear, nn.Linear):
+            raise RecipeError(f"{name}: low-rank factors, but of no linear ({type(linear).__name__}), so train this checkpoint whole")
         low_rank = LowRank(linear.out_features, linear.in_features, up.shape[1], torch.Generator())
         low_rank.up.copy_(up)
         low_rank.down.copy_(down)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantsim.kernels.build import BuildError, library
+from quantsim.kernels.build import library, why_not
 
 SOURCE = Path(__file__).with_name("amx.cpp")
 LARGEST_K = (2**31 - 1) // 255**2
@@ -22,10 +22,7 @@ LARGEST_K = (2**31 - 1) // 255**2
 @cache
 def missing_for_tiles() -> str:
     """Why the kernel doesn't run here; empty where it does."""
-    try:
-        return "" if _kernels().tiles_are_lent() == 0 else "the system does not lend AMX tiles"
-    except BuildError as error:
-        return str(error)
+    return why_not(_kernels) or ("" if _kernels().tiles_are_lent() == 0 else "the system does not lend AMX tiles")
 
 
 def product(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantsim.kernels.build import BuildError, library
+from quantsim.kernels.build import library, why_not
 
 SOURCE = Path(__file__).with_name("batched.cpp")
 
@@ -18,11 +18,7 @@ SOURCE = Path(__file__).with_name("batched.cpp")
 @cache
 def missing_for_batches() -> str:
     """Why the kernel doesn't run here; empty where it does."""
-    try:
-        _kernel()
-    except BuildError as error:
-        return str(error)
-    return ""
+    return why_not(_kernel)
 
 
 def batched_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantsim.kernels.build import BuildError, library
+from quantsim.kernels.build import library, why_not
 from quantsim.kernels.edges import Grid, on_grid, to_integers
 from quantsim.kernels.int8_matmul import LARGEST_AFFINE_SUM, scaled_matmul
 from quantsim.numerics.reproducible import exp_table, softmax_on_grid
@@ -82,10 +82,8 @@ class Int8Attention(nn.Module):
 @cache
 def missing_for_attention() -> str:
     """Why the kernel doesn't run here; empty where it does. It is compiled and tried, not looked up."""
-    try:
-        _kernel()
-    except BuildError as error:
-        return str(error)
+    if reason := why_not(_kernel):
+        return reason
     grid, masked = Grid(1 / 32, 100, 0, 255), Grid(1 / 8, 128, 0, 255)
     attention = Int8Attention(AttentionGrids(grid, grid, grid, None, 0.25, False, None, masked, Grid(1 / 255, 0, 0, 255), grid))
     q, k, v = torch.randint(0, 256, (3, 1, 1, 20, DEPTHS), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from model_zoo.bundle import apply_delta, read_delta, write_delta
 from model_zoo.publish import ranges_of
 from quantsim import QuantSim
 from recipes.base_model import base_model_folder, base_state, base_weights_sha256, load_base, set_dropouts
-from recipes.low_rank import LowRank, add_low_rank, encoder_linears, low_rank_delta, merged
+from recipes.low_rank import LowRank, add_low_rank, encoder_linears, go_on_low_rank, low_rank_delta, merged
 from recipes.tasks import RecipeError
 from tests.tiny import tiny_batch
 
@@ -159,3 +159,9 @@ def test_no_such_base(tmp_path: Path) -> None:
         load_base(str(tmp_path), 2)
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: missing"):
         base_weights_sha256(str(tmp_path))
+
+
+def test_factors_of_what_is_no_linear_are_refused(base: Path) -> None:
+    table = "bert.embeddings.word_embeddings.weight"
+    with pytest.raises(RecipeError, match=f"{table}: low-rank factors, but of no linear"):
+        go_on_low_rank(model_of(base, rank=None), {table: (torch.zeros(2, 1), torch.zeros(1, 2))})
