@@ -15,6 +15,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from model_zoo.marked import in_marks
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 INFERENCE, TRAINING = "speed of integers alone", "speed of training in integers"
@@ -40,9 +42,7 @@ def training() -> str:
 
 def in_readme(text: str) -> str:
     for name, made in ((INFERENCE, inference()), (TRAINING, training())):
-        before, _, rest = text.partition(f"<!-- {name} -->")
-        _, _, after = rest.partition(f"<!-- /{name} -->")
-        text = f"{before}<!-- {name} -->\n\n{made}\n\n<!-- /{name} -->{after}"
+        text = in_marks(text, name, made)
     return text
 
 

@@ -16,11 +16,12 @@ from tabulate import tabulate
 
 from model_zoo.cards import Card, find, names
 from model_zoo.format import RECIPE_ONLY
+from model_zoo.marked import in_marks
 from recipes.tasks import MODEL_CONFIGS, TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV, PUBLISHED, README = ROOT / "model_zoo" / "results.csv", ROOT / "model_zoo" / "published.csv", ROOT / "README.md"
-BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+MARKS = "results"
 FIELDS = (
     "source", "model", "config", "task", "metric", "rows", "fp32", "ptq_min_max", "ptq_best", "ptq_best_estimator", "qat", "qat_minus_fp32",
     "seeds", "fp32_median", "qat_median", "fp32_least", "fp32_greatest", "qat_least", "qat_greatest", "note",
@@ -159,14 +160,12 @@ def section(found: Sequence[Row]) -> str:
     if any(row["seeds"] for row in found):
         again = " (×: runs of the same recipe on other CPUs, where sums in bf16 have another order)"
         parts.append(f"Over seeds{again if any('×' in row['seeds'] for row in found) else ''}:\n\n" + spreads(found))
-    return "\n" + "\n\n".join(parts) + "\n\n"
+    return "\n\n".join(parts)
 
 
 def in_readme(text: str, found: Sequence[Row]) -> str:
     """The README with its section made anew."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + section(found) + END + after
+    return in_marks(text, MARKS, section(found))
 
 
 def write() -> None:

@@ -3,8 +3,8 @@
     python recipes/integer_study.py --tasks mrpc rte --variants float 16 8 --seeds 1000 1001 1002 --dataset FOLDER
 
 Each run is a line of ``docs/integer_training.csv``, written when it is measured; lines that are there are not measured again, and a run
-that was killed goes on from its last checkpoint. ``docs/integer_training.md`` and its plot are made from the lines.
-``--csv`` writes other files: so a line is measured once more, to compare.
+that was killed goes on from its last checkpoint. ``docs/integer_training.md``, its plot and the README's table are made from the lines.
+``--csv`` writes other files: so a line is measured once more, to compare. Several processes may share a file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import transformers
 from tabulate import tabulate
 
 import quantsim
+from model_zoo.marked import in_marks
 from model_zoo.publish import RESULTS
 from quantsim import IntegerConfig
 from quantsim.config import near
@@ -33,7 +34,7 @@ from recipes.lines import Row, read_lines, write_lines
 from recipes.tasks import RecipeError, find_task
 
 ROOT = Path(__file__).resolve().parents[1]
-CSV = ROOT / "docs" / "integer_training.csv"
+CSV, README, MARKS = ROOT / "docs" / "integer_training.csv", ROOT / "README.md", "accuracy of training in integers"
 TASKS = ("rte", "mrpc", "stsb", "cola", "sst2")
 SUBSET = {"sst2": 10_000}  # training rows, the first of the split
 SEEDS = (1000, 1001, 1002)
@@ -260,6 +261,8 @@ def study(args: argparse.Namespace, flags: Sequence[str]) -> None:
     if args.plot:
         plot(rows, picture)
     args.csv.with_suffix(".md").write_text(page(rows, picture.name), encoding="utf-8")
+    if args.csv == CSV:
+        README.write_text(in_marks(README.read_text(encoding="utf-8"), MARKS, table(rows, WIDTHS)), encoding="utf-8")
     print(table(rows, {name: v for name, v in VARIANTS.items() if any(row["variant"] == name for row in rows)}))
 
 

@@ -17,12 +17,13 @@ from typing import Any
 
 from tabulate import tabulate
 
+from model_zoo.marked import in_marks
 from model_zoo.results import csv_text
 from recipes.tasks import RecipeError, find_task
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV, DOCUMENT, README = ROOT / "recipes" / "integer_results.csv", ROOT / "docs" / "integers.md", ROOT / "README.md"
-BEGIN, END = "<!-- integers -->", "<!-- /integers -->"
+MARKS = "integers"
 SETTINGS = ("lr", "epochs", "seed", "date")
 FIELDS = (
     "name",
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     CSV.write_text(csv_text(rows, FIELDS), encoding="utf-8")
     for path, made in ((DOCUMENT, table(rows)), (README, summary(rows))):
-        path.write_text(in_document(path.read_text(encoding="utf-8"), made), encoding="utf-8")
+        path.write_text(in_marks(path.read_text(encoding="utf-8"), MARKS, made), encoding="utf-8")
     return 0
 
 
@@ -151,13 +152,6 @@ def summary(rows: Sequence[Row]) -> str:
     return tabulate(
         [*lines, ["mean", *means]], SUMMARY, tablefmt="github", disable_numparse=True, colalign=("left", *("right",) * len(parts))
     )
-
-
-def in_document(text: str, made: str) -> str:
-    """The document with its table made anew."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
 if __name__ == "__main__":

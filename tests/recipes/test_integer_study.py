@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from model_zoo.marked import in_marks
 from recipes import integer_study
 from recipes.integer_finetune import parse
-from recipes.integer_study import VARIANTS, WIDTHS, config_flags, main, page, read, table, write
+from recipes.integer_study import MARKS, VARIANTS, WIDTHS, config_flags, main, page, read, table, write
 from tests.recipes.test_integer_finetune import files  # noqa: F401
 
 
@@ -90,3 +91,10 @@ def test_the_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     integer_study.plot([line("rte", "float", 1, 60), line("rte", "8", 1, 59)], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(not integer_study.CSV.is_file(), reason="no study was run")
+def test_the_page_and_the_readme_say_what_the_lines_say() -> None:
+    rows, readme = read(integer_study.CSV), integer_study.README.read_text()
+    assert integer_study.CSV.with_suffix(".md").read_text() == page(rows, "integer_training.png")
+    assert in_marks(readme, MARKS, table(rows, WIDTHS)) == readme
