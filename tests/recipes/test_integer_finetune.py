@@ -13,10 +13,12 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification
 
+from quantsim.rewrites.integer_training.config import OPERANDS
 from recipes import integer_finetune
 from recipes.integer_finetune import RECIPES, TASKS
 from recipes.reading import read_recipe
 from tests.recipes.test_bert_qat import rows
+from tests.recipes.test_two_processes import launch
 
 RECIPE: dict[str, Any] = {
     "name": "integer_rte",
@@ -72,6 +74,23 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(files: Path, tmp_path
     assert program(files, tmp_path / "stopped", "--save_steps", "1") == 0
     whole, stopped = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_two_processes_train_as_one_does(files: Path, tmp_path: Path) -> None:
+    """Each maps the gradient of its half of the batch: at 16 bits and to the nearest, within 1e-4 of a step of 1e-2 each.
+
+    A key's bias moves no logit: its gradient is 0, and what rounding makes of it is anything.
+    """
+    flags = [*(f"--{what}_bits=16" for what in OPERANDS), "--gradient_rounding", "nearest", "--finetune.epochs", "1"]
+    flags += ["--finetune.hidden_dropout", "0", "--finetune.attention_dropout", "0"]  # it is drawn by each process for its rows
+    assert program(files, tmp_path / "one", *flags) == 0
+    where = ["--recipe", str(files / "rte.yaml"), "--output_dir", str(tmp_path / "two"), "--offline", "--no-fused"]
+    printed = launch("recipes/integer_finetune.py", *where, *flags)
+    assert printed.count("integers 16-16-16: accuracy") == 1
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def stop_after_an_epoch(*_: Any, **__: Any) -> None:
