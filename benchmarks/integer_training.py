@@ -3,8 +3,8 @@
     python -m benchmarks.integer_training --rounds 7
 
 Ratios are medians over rounds of (integers / FP32 in the same round); FP32 is the transformers model as it loads, with fused
-attention. The floor is the ratio if the linears' three products ran at the measured rate of the integer kernel and everything
-else took what it takes in FP32: mapping and its inverse cost nothing in it. 16 bits need four products of digits.
+attention. The floor is the ratio if the linears' three products took what they take on integers by themselves, measured beside, and
+everything else what it takes in FP32: mapping costs nothing in it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from transformers import BertForSequenceClassification
 
 from benchmarks.simulation import SHAPES
 from quantsim import IntegerConfig, IntegerTraining
+from quantsim.kernels.integer_matmul import multiply
+from quantsim.numerics.fixed_point import to_fixed_point
 from quantsim.numerics.fused import fused_kernels
 
 Step = Callable[[], None]
@@ -87,17 +90,19 @@ def median_seconds(run: Callable[[], object], times: int = 5) -> float:
     return statistics.median(found)
 
 
-def product_seconds(config: Any, tokens: int) -> tuple[float, float]:
-    """Of all linears' products in a step, in float32 and on the int8 kernel: ``Y``, ``dX`` and ``dW`` of each, at their shapes."""
+def product_seconds(config: Any, tokens: int, bits: int | None) -> float:
+    """Of all linears' products in a step, in float32 or (``bits``) on integers: ``Y``, ``dX`` and ``dW`` of each, at their shapes."""
     wide, inner = config.hidden_size, config.intermediate_size
-    total = [0.0, 0.0]
+    total = 0.0
     for out, into, count in ((wide, wide, 4), (inner, wide, 1), (wide, inner, 1)):
-        x, w, g = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((tokens, into), (out, into), (tokens, out)))
-        for a, b in ((x, w.t()), (g, w), (g.t(), x)):
-            fa, fb = a.float(), b.float()
-            total[0] += count * config.num_hidden_layers * median_seconds(lambda fa=fa, fb=fb: fa @ fb)  # type: ignore[misc]
-            total[1] += count * config.num_hidden_layers * median_seconds(lambda a=a, b=b: torch._int_mm(a, b))  # type: ignore[misc]
-    return total[0], total[1]
+        x, w, g = (torch.randn(shape) for shape in ((tokens, into), (out, into), (tokens, out)))
+        if bits is None:
+            products: list[Callable[[], object]] = [partial(torch.matmul, a, b) for a, b in ((x, w.t()), (g, w), (g.t(), x))]
+        else:
+            x8, w8, g8 = (to_fixed_point(t, bits) for t in (x, w, g))
+            products = [partial(multiply, a, b) for a, b in ((x8, w8.t()), (g8, w8), (g8.t(), x8))]
+        total += count * config.num_hidden_layers * sum(map(median_seconds, products))
+    return total
 
 
 def main() -> None:
@@ -116,12 +121,13 @@ def main() -> None:
     for name in args.models:
         times = interleaved(steps(SHAPES[name], args.rows, args.length, args.bits, args.fused), args.rounds)
         gc.collect()
-        in_float, in_integers = product_seconds(SHAPES[name], args.rows * args.length)
+        tokens = args.rows * args.length
+        in_float = product_seconds(SHAPES[name], tokens, None)
+        in_integers = {f"integers, {b} bits": product_seconds(SHAPES[name], tokens, b) for b in args.bits}
         fp32 = statistics.median(times["FP32"])
         for kind, found in times.items():
             ratios = sorted(a / b for a, b in zip(found, times["FP32"], strict=True))
-            digits = 0 if "integers" not in kind else 1 if kind.endswith(" 8 bits") else 4
-            floor = (fp32 - in_float + digits * in_integers) / fp32 if digits else None
+            floor = (fp32 - in_float + in_integers[kind]) / fp32 if kind in in_integers else None
             spread = f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
             row = {"model": name, "step": kind, "ms": 1e3 * statistics.median(found), "ratio": statistics.median(ratios)}
             results.append({**row, "spread": spread, "floor": floor})

@@ -17,8 +17,8 @@ class IntegerTraining:
     """Fine-tuning in integers of 4 to 16 bits (Tayaranian et al., arXiv 2209.09815).
 
     Linear layers, convolutions, LayerNorms and embeddings, and by option the products of attention, map weights, activations and
-    gradients to integers with one exponent a tensor, multiply them exactly, and map the result back; the weights that an optimizer
-    updates stay in FP32.
+    gradients to integers that share exponents (those of a token, of a weight's output, or of a tensor), multiply them exactly, and
+    map the result back; the weights that an optimizer updates stay in FP32.
 
     Args:
         model: a ``transformers`` encoder, with or without a head. It keeps its own forward, in float.
@@ -33,7 +33,7 @@ class IntegerTraining:
 
     Random numbers of a forward and its backward follow from one number that torch's default generator gives, from the op and from the
     place in the tensor: ``torch.manual_seed`` reproduces a run, whatever the number of threads. In eval mode everything is rounded to
-    the nearest, and evaluation is deterministic; as a tensor has one exponent, a row's result hangs on the rows beside it.
+    the nearest, and evaluation is deterministic; where a tensor has one exponent, a row's result hangs on the rows beside it.
 
     A forward or backward that meets NaN or infinity in an operand raises :class:`FixedPointError`, which names op and operand.
 

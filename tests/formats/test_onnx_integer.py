@@ -38,9 +38,7 @@ def test_every_head(head: str, tmp_path: Path) -> None:
         assert_same_bits(model, path, batch)
 
 
-@pytest.mark.parametrize(
-    "family", [f if f in ("Roberta", "Electra") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "Bert"]
-)
+@pytest.mark.parametrize("family", [f if f == "Roberta" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "Bert"])
 def test_every_family(family: str, tmp_path: Path) -> None:
     model, path = simulated(family).integer_only(), tmp_path / "integers.onnx"
     model.export_onnx(path)
@@ -79,7 +77,7 @@ def test_weights_are_stored_once_in_8_bits(tmp_path: Path) -> None:
     assert (len(linears), kinds) == (14, {"UINT8"})
 
 
-@pytest.mark.parametrize("force_dequant", ["gelu", "nonlinear"])
+@pytest.mark.parametrize("force_dequant", ["nonlinear", pytest.param("gelu", marks=pytest.mark.slow)])
 def test_functions_that_were_forced_to_floats_stay_so(force_dequant: str, tmp_path: Path) -> None:
     model, path = tiny_sim(config="ibert").integer_only(force_dequant), tmp_path / "integers.onnx"
     model.export_onnx(path)

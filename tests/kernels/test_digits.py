@@ -53,6 +53,22 @@ def test_a_product_is_the_exact_one_rounded_once(bits, sizes, turned, exponent, 
     assert torch.equal(found, from_accumulator(a.double() @ b.double(), exponent + 3, bias))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.tuples(st.integers(4, 16), st.integers(4, 16)),
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 40)),
+    seed=st.integers(0, 999),
+)
+def test_exponents_of_rows_and_columns(bits, sizes, seed) -> None:
+    (n, k, m), generator = sizes, torch.Generator().manual_seed(seed)
+    a, b = mantissas(bits[0], (n, k), seed), mantissas(bits[1], (k, m), seed + 1)
+    rows = torch.randint(-126, 40, (n, 1), dtype=torch.int32, generator=generator)
+    columns = torch.randint(-30, 40, (1, m), dtype=torch.int32, generator=generator)
+    bias = torch.randn(m, generator=generator) if seed % 2 else None
+    found = multiply(FixedPoint(a, rows, bits[0]), FixedPoint(b, columns, bits[1]), bias)
+    assert torch.equal(found, from_accumulator(a.double() @ b.double(), rows + columns, bias))
+
+
 def test_every_mantissa_of_16_bits_is_cut_and_put_together() -> None:
     m = torch.arange(-(2**15) + 1, 2**15, dtype=torch.int16).reshape(-1, 5)
     low, high = cut(m, sixteen=True)
