@@ -99,8 +99,8 @@ def product_seconds(config: Any, tokens: int, bits: int | None) -> float:
         if bits is None:
             products: list[Callable[[], object]] = [partial(torch.matmul, a, b) for a, b in ((x, w.t()), (g, w), (g.t(), x))]
         else:
-            x8, w8, g8 = (to_fixed_point(t, bits) for t in (x, w, g))
-            products = [partial(multiply, a, b) for a, b in ((x8, w8.t()), (g8, w8), (g8.t(), x8))]
+            xq, wq, gq = (to_fixed_point(t, bits) for t in (x, w, g))
+            products = [partial(multiply, a, b) for a, b in ((xq, wq.t()), (gq, wq), (gq.t(), xq))]
         total += count * config.num_hidden_layers * sum(map(median_seconds, products))
     return total
 
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 10, 16])
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="MODEL", help=", ".join(SHAPES))
     parser.add_argument("--no-fused", dest="fused", action="store_false", help="don't compile the mapping kernels")
     parser.add_argument("--output", type=Path, default=None, help="write the figures as JSON")

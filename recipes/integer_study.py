@@ -4,7 +4,8 @@
 
 Each run is a line of ``docs/integer_training.csv``, written when it is measured; lines that are there are not measured again, and a run
 that was killed goes on from its last checkpoint. ``docs/integer_training.md``, its plot and the README's table are made from the lines.
-``--csv`` writes other files: so a line is measured once more, to compare. Several processes may share a file.
+``--csv`` writes other files: so a line is measured once more, to compare. Several processes may share a
+file, as long as no two are at the same task and seed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from quantsim import IntegerConfig
 from quantsim.config import near
 from quantsim.rewrites.integer_training.config import OPERANDS
 from recipes import integer_finetune
-from recipes.lines import Row, read_lines, write_lines
+from recipes.lines import Row, locked, read_lines, write_lines
 from recipes.tasks import RecipeError, find_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +90,8 @@ def measure(task: str, name: str, seed: int, folder: Path, flags: Sequence[str])
     if integer_finetune.main(given):
         raise RecipeError(f"{task}, {name}, seed {seed}: the run failed; its message is above")
     found = json.loads((output / RESULTS).read_text(encoding="utf-8"))
+    if found["integer"] != json.loads(json.dumps(config and asdict(config))):
+        raise RecipeError(f"{output}: another run wrote its results there meanwhile; let one process at a time be at a task and seed")
     return row_of(task, name, seed, found)
 
 
@@ -177,9 +180,10 @@ INTRODUCTION = """# Training in integers: what it costs
 
 Written by `python recipes/integer_study.py` from the lines of `integer_training.csv`, each of which is one run, with its settings, versions
 and date. The 6-layer MiniLM BERT, every weight trained, by the recipes in `recipes/integer`; evaluated as it was trained, in integers, on
-the official validation rows. Rows (tokens, outputs of a weight) have exponents of their own where nothing else is said. SST-2 is trained
-on the first 10,000 of its rows. A cell is the mean and the standard deviation over seeds, their number in brackets. The last columns are the mean difference to FP32 over the same tasks and seeds, and what
-Tayaranian et al. (arXiv 2209.09815, v1) published for BERT-base, another model on other tasks.
+the official validation rows. Tokens and outputs of a weight have exponents of their own where nothing else is said. SST-2 is trained
+on the first 10,000 of its rows. A cell is the mean and the standard deviation over seeds, their number in brackets. The last columns
+are the mean difference to FP32 over the same tasks and seeds, and what Tayaranian et al. (arXiv 2209.09815, v1) published for
+BERT-base, another model on other tasks.
 """
 
 
@@ -254,14 +258,15 @@ def study(args: argparse.Namespace, flags: Sequence[str]) -> None:
                 if any((row["task"], row["variant"], row["seed"]) == (task, name, str(seed)) for row in read(args.csv)):
                     continue
                 row = measure(task, name, seed, args.runs, flags)
-                write(args.csv, [*read(args.csv), row])  # read again: another process may have written a line meanwhile
+                with locked(args.csv):  # another process may have written a line meanwhile
+                    write(args.csv, [*read(args.csv), row])
     if not (rows := read(args.csv)):
         return
     picture = args.csv.with_suffix(".png")
     if args.plot:
         plot(rows, picture)
     args.csv.with_suffix(".md").write_text(page(rows, picture.name), encoding="utf-8")
-    if args.csv == CSV:
+    if args.csv.resolve() == CSV:
         README.write_text(in_marks(README.read_text(encoding="utf-8"), MARKS, table(rows, WIDTHS)), encoding="utf-8")
     print(table(rows, {name: v for name, v in VARIANTS.items() if any(row["variant"] == name for row in rows)}))
 

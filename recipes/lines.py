@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Sequence
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from model_zoo.results import csv_text
@@ -27,9 +30,18 @@ def read_lines(path: Path, fields: Sequence[str]) -> list[Row]:
     return rows
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """While it lasts no other process that asks is in here: to read a file, add a line and write it back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_lines(path: Path, rows: Sequence[Row], fields: Sequence[str]) -> None:
     """Replace the file; its folder is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".saving")
+    staging = path.with_suffix(f".saving-{os.getpid()}")
     staging.write_text(csv_text(rows, fields), encoding="utf-8")
     staging.replace(path)

@@ -173,9 +173,8 @@ void multiply(const uint8_t *left, const uint8_t *right, int64_t steps, int32_t 
 
 struct Output {
   float *out;  // [n, m]
-  int64_t n, m;
-  float factors[2];
-  const int32_t *row_exponents, *column_exponents;  // [n] and [m], beside the factors; null: none
+  int64_t n, m, exponent;
+  const int32_t *row_exponents, *column_exponents;  // [n] and [m], beside that of all; null: none
   const float *bias;                                // [m], or null
 };
 
@@ -185,9 +184,8 @@ void leave(const Output &to, int64_t row, int64_t column, const int32_t *const (
   const int64_t rows = std::min(SIDE, to.n - row), columns = std::min(SIDE, to.m - column);
   if (columns <= 0) return;
   const auto mask = static_cast<__mmask16>((1u << columns) - 1);
-  const __m512 first = _mm512_set1_ps(to.factors[0]), second = _mm512_set1_ps(to.factors[1]);
-  const bool scales = to.row_exponents || to.column_exponents;
-  const __m512 powers = to.column_exponents ? _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(mask, to.column_exponents + column)) : __m512();
+  const __m512i of_columns = to.column_exponents ? _mm512_maskz_loadu_epi32(mask, to.column_exponents + column) : __m512i();
+  const __m512i exponents = _mm512_add_epi32(of_columns, _mm512_set1_epi32(static_cast<int32_t>(to.exponent)));
   const __m512 bias = to.bias ? _mm512_maskz_loadu_ps(mask, to.bias + column) : __m512();
   for (int64_t i = 0; i < rows; ++i) {
     __m512 y;
@@ -205,11 +203,8 @@ void leave(const Output &to, int64_t row, int64_t column, const int32_t *const (
       }
       y = _mm512_insertf32x8(_mm512_castps256_ps512(halves[0]), halves[1], 1);
     }
-    if (scales) {
-      const auto power = static_cast<float>(to.row_exponents ? to.row_exponents[row + i] : 0);
-      y = _mm512_scalef_ps(y, _mm512_add_ps(powers, _mm512_set1_ps(power)));
-    }
-    y = _mm512_mul_ps(_mm512_mul_ps(y, first), second);
+    const __m512i all = _mm512_add_epi32(exponents, _mm512_set1_epi32(to.row_exponents ? to.row_exponents[row + i] : 0));
+    y = _mm512_scalef_ps(y, _mm512_cvtepi32_ps(all));
     if (to.bias) y = _mm512_add_ps(y, bias);
     _mm512_mask_storeu_ps(to.out + (row + i) * to.m + column, mask, y);
   }
@@ -235,7 +230,9 @@ void block(const Operand &a, const Operand &b, const Output &to, int64_t i, int6
   }
 }
 
-// memory of a thread that calls, kept from call to call: pages that are new cost more than the packing
+constexpr int64_t MOST_KEPT = 64 << 20;
+
+// memory of a thread that calls, kept from call to call up to a size: pages that are new cost more than the packing
 struct Scratch {
   uint8_t *at = nullptr;
   int64_t size = 0;
@@ -247,6 +244,12 @@ struct Scratch {
       size = at ? up(bytes, 4096) * 4096 : 0;
     }
     return at;
+  }
+  void give_back() {
+    if (size <= MOST_KEPT) return;
+    std::free(at);
+    at = nullptr;
+    size = 0;
   }
   ~Scratch() { std::free(at); }
 };
@@ -285,6 +288,7 @@ int32_t product(const Product *p) {
     }
     _tile_release();
   }
+  scratch.give_back();
   return 0;
 }
 }

@@ -6,6 +6,7 @@ Bits: a sum over ``k`` of two unsigned digits is at most ``k * 255**2``, below `
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,36 +26,44 @@ def missing_for_tiles() -> str:
     return why_not(_kernels) or ("" if _kernels().tiles_are_lent() == 0 else "the system does not lend AMX tiles")
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    factors: tuple[float, float],
-    bias: Tensor | None = None,
-    row_exponents: Tensor | None = None,
-    column_exponents: Tensor | None = None,
-) -> Tensor:
-    """``float32(a @ b) * 2**(row_exponents + column_exponents) * factors[0] * factors[1] + bias``.
-
-    The sum is exact and rounded once, then scaled.
+def product(a: Tensor, b: Tensor, a_exponent: int | Tensor, b_exponent: int | Tensor, bias: Tensor | None = None) -> Tensor:
+    """``float32(a @ b) * 2**(a_exponent + b_exponent) + bias``: the exact sum, rounded once, then scaled.
 
     Args:
-        a: int8 or int16 ``[n, k]``, or the transpose of such a tensor; ``k`` up to ``LARGEST_K``.
+        a: int8 or int16 ``[n, k]`` of any strides; ``k`` up to ``LARGEST_K``.
         b: ``[k, m]``, the same.
+        a_exponent, b_exponent: of all, or int32 ``[n, 1]`` and ``[1, m]``.
         bias: float32 ``[m]``.
-        row_exponents, column_exponents: int32 ``[n, 1]`` and ``[1, m]``.
+
+    Raises:
+        ValueError: operands of other types, or shapes that don't fit each other: the kernel would read past them.
     """
     (n, k), m = a.shape, b.shape[1]
-    a = a if 1 in a.stride() else a.contiguous()
-    b = b if 1 in b.stride() else b.contiguous()
-    vectors = [None if x is None else x.contiguous() for x in (row_exponents, column_exponents, bias)]
-    out = torch.empty(n, m)
+    vectors = {"row_exponents": a_exponent, "column_exponents": b_exponent, "bias": bias}
+    kept = {name: x.contiguous() for name, x in vectors.items() if isinstance(x, Tensor)}
+    _check(a, b, kept)
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    out = torch.empty(n, m, dtype=torch.float32, device=a.device)
     if out.numel():
-        argument = _Product(_operand(a, k_axis=1), _operand(b, k_axis=0), _Output(out.data_ptr(), n, m, factors))
-        for name, x in zip(("row_exponents", "column_exponents", "bias"), vectors, strict=True):
-            setattr(argument.to, name, None if x is None else x.data_ptr())
+        exponent = sum(x for x in (a_exponent, b_exponent) if isinstance(x, int))
+        output = _Output(out=out.data_ptr(), n=n, m=m, exponent=exponent, **{name: x.data_ptr() for name, x in kept.items()})
+        argument = _Product(_operand(a, k_axis=1), _operand(b, k_axis=0), output)
         if _kernels().product(ctypes.byref(argument)):
             raise MemoryError(f"no memory to pack [{n}, {k}] and [{k}, {m}]")
     return out
+
+
+def _check(a: Tensor, b: Tensor, vectors: Mapping[str, Tensor]) -> None:
+    n, m = len(a), b.shape[1]
+    expected = {"row_exponents": ((n, 1), torch.int32), "column_exponents": ((1, m), torch.int32), "bias": ((m,), torch.float32)}
+    for name, x in vectors.items():
+        if (tuple(x.shape), x.dtype) != expected[name]:
+            raise ValueError(f"{name}: {list(x.shape)} of {x.dtype}; expected {list(expected[name][0])} of {expected[name][1]}")
+    if a.shape[1] != b.shape[0] or a.shape[1] > LARGEST_K or not {a.dtype, b.dtype} <= {torch.int8, torch.int16}:
+        raise ValueError(
+            f"product of {list(a.shape)} ({a.dtype}) and {list(b.shape)} ({b.dtype}); expected int8 or int16, "
+            f"and as many columns as rows, at most {LARGEST_K}"
+        )
 
 
 class _Operand(ctypes.Structure):
@@ -72,8 +81,7 @@ class _Output(ctypes.Structure):
 
     _fields_ = [
         ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("n", "m")),
-        ("factors", ctypes.c_float * 2),
+        *((name, ctypes.c_int64) for name in ("n", "m", "exponent")),
         *((name, ctypes.c_void_p) for name in ("row_exponents", "column_exponents", "bias")),
     ]
 

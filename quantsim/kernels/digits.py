@@ -59,11 +59,13 @@ def together(
         bias: float32 ``[m]``.
     """
     n, m = products[0][0].shape
-    out = torch.empty(n, m)
+    out = torch.empty(n, m, dtype=torch.float32, device=products[0][0].device)
     if not out.numel():
         return out
     kept = [x.contiguous() for x, _ in products]
     bias = None if bias is None else bias.contiguous()
+    if bias is not None and bias.shape != (m,):
+        raise ValueError(f"bias: {list(bias.shape)}; expected [{m}]")
     argument = _Together(count=len(kept), n=n, m=m, out=out.data_ptr(), factors=factors)
     argument.products = (ctypes.c_void_p * 4)(*(x.data_ptr() for x in kept))
     argument.shifts = (ctypes.c_int32 * 4)(*(shift for _, shift in products))

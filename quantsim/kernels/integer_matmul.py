@@ -16,8 +16,8 @@ at most ``K * (2**(a-1) + 256) * (2**(b-1) + 256)``, is below ``2**31`` (10 bits
 exact as long as it is below ``2**53``: at 16 × 16 bits ``K * 2**30.03``, so for every ``K <= 2**22``. That is where products stop. Where
 there is a C++ compiler, cutting is one pass over an operand, and putting together one over the products, in int64 (``kernels.digits``).
 
-**Where the CPU has AMX**, one kernel does all of it (``kernels.amx``): its tiles multiply signed and unsigned digits alike, so there are
-no offsets, and what leaves it is float32.
+**Where the CPU has AMX**, one kernel does all of it that :func:`multiply` is asked for (``kernels.amx``): its tiles multiply signed and
+unsigned digits alike, so there are no offsets, and what leaves it is float32.
 
 **Where there is no such kernel** (batches of matrices, other devices, CPUs whose int8 kernels saturate, ``K >= 131072``) the product is
 one of float32 where every partial sum is below ``2**24``, else of float64: integers below these bounds are exact in them, in any order.
@@ -48,20 +48,14 @@ def multiply(a: FixedPoint, b: FixedPoint, bias: Tensor | None = None) -> Tensor
         bias: ``[m]``.
     """
     bias = None if bias is None else bias.detach().float()
-    whole, rows, columns = _exponents(a.exponent, b.exponent)
     if _on_tiles(a.mantissa, b.mantissa):
-        return amx.product(a.mantissa, b.mantissa, factors_of(whole), bias, rows, columns)
-    by_digits = max(a.bits, b.bits) > 8 and _on_int8_kernel(a.mantissa, b.mantissa) and not missing_for_digits()
-    if by_digits and rows is columns is None:
-        return _by_digits_in_one_pass(a, b, factors_of(whole), bias)
-    total = _by_digits_in_one_pass(a, b, (1.0, 1.0), None) if by_digits else integer_matmul(a.mantissa, b.mantissa, a.bits, b.bits)
-    return from_accumulator(total, a.exponent + b.exponent, bias)
-
-
-def _exponents(a: int | Tensor, b: int | Tensor) -> tuple[int, Tensor | None, Tensor | None]:
-    """What both share, and those of the product's rows and columns."""
-    whole = sum(x for x in (a, b) if isinstance(x, int))
-    return whole, a if isinstance(a, Tensor) else None, b if isinstance(b, Tensor) else None
+        return amx.product(a.mantissa, b.mantissa, a.exponent, b.exponent, bias)
+    exponent = a.exponent + b.exponent
+    if max(a.bits, b.bits) <= 8 or not _on_int8_kernel(a.mantissa, b.mantissa) or missing_for_digits():
+        return from_accumulator(integer_matmul(a.mantissa, b.mantissa, a.bits, b.bits), exponent, bias)
+    if isinstance(exponent, int):
+        return _by_digits_in_one_pass(a, b, factors_of(exponent), bias)
+    return from_accumulator(_by_digits_in_one_pass(a, b, (1.0, 1.0), None), exponent, bias)  # rounded to float32 there already
 
 
 def integer_matmul(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:

@@ -24,7 +24,7 @@ struct ByAxis {
   int32_t *exponents;
 };
 
-constexpr int64_t BLOCK = 512;
+constexpr int64_t BLOCK = 128;  // columns that a thread goes down at a time
 constexpr int32_t INFINITE = 0x7f800000, LEAST = -126;  // bits of infinity; numerics/fixed_point.py: LEAST_EXPONENT
 
 inline int32_t magnitude(float x) {

@@ -42,7 +42,7 @@ def to_fixed_point(
     flat = _flat(x)
     if exponent is None:
         exponent = shared_exponent(flat, bits, what)
-    out = torch.empty(x.shape, dtype=mantissa_dtype(bits))
+    out = torch.empty(x.shape, dtype=mantissa_dtype(bits), device=x.device)
     _kernels().map(ctypes.byref(_mapping(flat, out, bits, stream, exponent)))
     return FixedPoint(out, exponent, bits)
 
@@ -53,8 +53,11 @@ def to_fixed_point_by(
     """``numerics.fixed_point.to_fixed_point_by``, on the kernels where there are some: the same arguments, mantissas and errors."""
     check_bits(bits, what)
     if _on_kernel(x):
-        flat, exponents = _flat(x), torch.empty((len(x), 1) if axis == 0 else (1, x.shape[1]), dtype=torch.int32)
-        out = torch.empty(x.shape, dtype=mantissa_dtype(bits))
+        flat, shape = _flat(x), (len(x), 1) if axis == 0 else (1, x.shape[1])
+        exponents = torch.empty(shape, dtype=torch.int32, device=x.device)
+        out = torch.empty(x.shape, dtype=mantissa_dtype(bits), device=x.device)
+        if times is not None and times.shape != ((1, x.shape[1]) if axis == 0 else (len(x), 1)):
+            raise ValueError(f"times: {list(times.shape)} for axis {axis} of {list(x.shape)}; expected those of the other axis")
         argument = _ByAxis(all=_mapping(flat, out, bits, stream), rows=x.shape[0], columns=x.shape[1], axis=axis, bits=bits)
         times = None if times is None else times.contiguous()
         argument.times, argument.exponents = None if times is None else times.data_ptr(), exponents.data_ptr()
@@ -68,8 +71,9 @@ def sum_rows(g: FixedPoint) -> Tensor:
     assert isinstance(g.exponent, Tensor)
     if not _on_kernel(g.mantissa):
         return (g.mantissa.double() * fixed_point.power_of_two(g.exponent, torch.float64)).sum(0)
-    m, out = g.mantissa.contiguous(), torch.empty(g.mantissa.shape[1], dtype=torch.float64)
-    _kernels().sum_rows_scaled(m.data_ptr(), m.element_size(), *m.shape, g.exponent.contiguous().data_ptr(), out.data_ptr())
+    m, exponents = g.mantissa.contiguous(), g.exponent.contiguous()
+    out = torch.empty(m.shape[1], dtype=torch.float64, device=m.device)
+    _kernels().sum_rows_scaled(m.data_ptr(), m.element_size(), *m.shape, exponents.data_ptr(), out.data_ptr())
     return out
 
 

@@ -17,7 +17,8 @@ So a bit more is 6.02 dB, and stochastic rounding costs 3.01 dB.
 
 **Exponents of rows.** One exponent for a whole tensor leaves few steps to what lies beside an outlier. So the rows of a matrix (or its
 columns) may have an exponent each, found in the row as above; a matrix may be multiplied by powers of two along its other axis before
-(``times``), which is exact, so that a factor of a product can take over the exponents of the other. All of the bounds hold row by row.
+(``times``), which is exact as long as it stays a normal float32: so a factor of a product can take over the exponents of the other. All
+of the bounds hold row by row.
 
 A tensor of zeros, or an empty one, has the least exponent. The least step is the smallest normal float32: what is smaller, denormals
 among it, is rounded on that grid. A tensor with NaN or infinity has no exponent and is refused.
@@ -114,6 +115,11 @@ def shared_exponent(x: Tensor, bits: int, what: str = "tensor") -> int:
     return exponent_for(max(-low, high), bits, what)
 
 
+def _check_size(x: Tensor, what: str) -> None:
+    if x.numel() >= 2**31:  # random numbers are counted in 32 bits
+        raise FixedPointError(f"{what}: {x.numel()} elements; expected fewer than 2**31")
+
+
 def _not_finite(x: Tensor, what: str) -> FixedPointError:
     bad = x.numel() - int(x.isfinite().sum())
     return FixedPointError(f"{what}: {bad} of {x.numel()} values are NaN or infinite (shape {list(x.shape)}); they share no exponent")
@@ -151,8 +157,7 @@ def to_fixed_point(
     """
     if exponent is None:
         exponent = shared_exponent(x, bits, what)
-    if x.numel() >= 2**31:
-        raise FixedPointError(f"{what}: {x.numel()} elements; expected fewer than 2**31")
+    _check_size(x, what)
     flat, dtype = _plain(x.detach().float().reshape(-1)), mantissa_dtype(bits)
     numbers = torch.tensor([math.ldexp(1.0, -exponent), limit_of(bits)], device=x.device)
     if stream is None:
@@ -179,13 +184,14 @@ def to_fixed_point_by(
             [ 0.0030,  0.0010]])
     """
     check_bits(bits, what)
+    _check_size(x, what)
     y = x.detach().float() if times is None else x.detach().float() * power_of_two(times)
     if not y.numel():
         shape = (len(x), 1) if axis == 0 else (1, x.shape[1])
         return FixedPoint(y.to(mantissa_dtype(bits)), torch.full(shape, LEAST_EXPONENT, dtype=torch.int32, device=x.device), bits)
     largest = y.abs().amax(1 - axis, keepdim=True)
     if not bool(largest.isfinite().all()):
-        raise _not_finite(y, what)
+        raise _not_finite(y if bool(x.isfinite().all()) else x, what)
     exponent = torch.where(largest > 0, largest.frexp().exponent - (bits - 1), LEAST_EXPONENT).clamp_min(LEAST_EXPONENT).int()
     flat = (y * power_of_two(-exponent)).reshape(-1)
     numbers = torch.tensor([1.0, limit_of(bits)], device=x.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,6 +93,17 @@ def test_what_is_not_finite_is_refused_by_name(value: float) -> None:
             to_fixed_point_by(axis, x, 8, what="classifier, gradient")
 
 
+def test_exponents_that_are_no_neighbours_in_memory_are_read_as_they_are() -> None:
+    q = to_fixed_point_by(0, torch.randn(50, 8), 8)
+    strided = torch.stack([q.exponent, q.exponent + 9], dim=1).flatten(1)[:, :1]
+    assert torch.equal(sum_rows(replace(q, exponent=strided)), sum_rows(q))
+
+
+def test_times_of_the_wrong_axis_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"times: \[3, 1\] for axis 0 of \[3, 4\]"):
+        to_fixed_point_by(0, torch.ones(3, 4), 8, times=torch.ones(3, 1, dtype=torch.int32))
+
+
 def test_bits_out_of_range_are_refused() -> None:
     with pytest.raises(FixedPointError, match="weight: 17; expected an integer from 4 to 16"):
         to_fixed_point(torch.ones(3), 17, what="weight")
@@ -102,7 +115,9 @@ def test_the_number_of_threads_changes_nothing() -> None:
         found = []
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(to_fixed_point(x, 12, (3, 4)).mantissa)
+            by_axis = [to_fixed_point_by(axis, x[:99_900].reshape(300, 333), 12, (3, 4)) for axis in (0, 1)]
+            tensors = [to_fixed_point(x, 12, (3, 4)).mantissa, *(q.mantissa for q in by_axis), sum_rows(by_axis[0])]
+            found.append(torch.cat([t.double().flatten() for t in tensors]))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)

@@ -27,9 +27,10 @@ class IntegerConfig:
             stochastically, as their sums over steps must be unbiased; the forward to the nearest, with half the mean square error
             and the values that evaluation sees (the paper doesn't say). In eval mode all are rounded to the nearest, so that
             evaluation is deterministic.
-        exponents: ``"row"``: an exponent for each row of a linear's and a LayerNorm's activations and gradients (a token), of a linear's
-            weight (an output), and of an embedding's table. ``"tensor"``: one for each tensor, as the paper has it; 8 bits then lose
-            much beside outliers.
+        exponents: ``"row"``: for a linear an exponent for each token of its input, each output of its weight, and each token or output
+            of its gradient (``products``); for a LayerNorm one for each token; for an embedding one for each row of the table. All else,
+            convolutions and products of activations too, has one exponent a tensor. ``"tensor"``: everything has, as published; 8 bits
+            then lose much beside outliers.
         ops: the kinds of ops that become integer ones. ``"matmul"`` are products of two activations, as in attention; the paper
             doesn't name them, and they are left in float by default.
         keep_float: patterns (``fnmatch``) of op names to leave in float, as ``("classifier.*",)``.

@@ -6,7 +6,7 @@
     S = sum m_i            Q = sum m_i²           exact, int64
     c_i = N m_i - S        = N (m_i - mean)       exact
     V = N Q - S²           = N² var(m)            exact; below 2**62 for N <= 65536 and 16 bits
-    r = 1 / sqrt(V + N² eps 2**(-2e))             one number a row, float64, rounded to float32
+    r = 1 / sqrt(V + N² eps 2**(-2e))             one number a row, in float64
     y_i = (c_i gamma_i) r + beta_i
 
 ``c_i r = (x_i - mean) / sqrt(var + eps)``, for the exponent cancels from everything but ``eps``. ``gamma`` is mapped as a weight,
@@ -21,7 +21,7 @@ and ``dbeta``.
     B = N P - S A          = sum h_i c_i          float64
     dx_i = rho (h_i - A / N - c_i r² B / N),      rho = 1 / sqrt(var + eps) = N r 2**-e
     dgamma_i = sum over rows of (g_i c_i) r       float32: every row has its own r
-    dbeta_i  = sum over rows of g_i               exact
+    dbeta_i  = sum over rows of g_i               exact; in float64 where rows have exponents
 
 **Error.** Against float64 on the same mapped values (``x_hat, gamma_hat, g_hat``), with ``u = 2**-24``: integers become float32 once,
 after every difference that could cancel but those of ``dx``, and four more operations round::
@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from quantsim.kernels import mapping
 from quantsim.numerics.fixed_point import FixedPoint, FixedPointError, power_of_two
 from quantsim.numerics.fused import compiled_kernel, fused_kernels_active
 from quantsim.rewrites.integer_training.op import Mapper, keep, kept
@@ -96,7 +97,7 @@ class _LayerNorm(torch.autograd.Function):
         if needs_gamma:
             terms = _kernel(_gamma_terms, n)(g.mantissa, n, total, r, torch.as_tensor(g.step, device=r.device), _exact_in(q))
             dgamma = terms.sum(0).reshape(ctx.parameter_shape)  # apart: fused, its order of sums would hang on the number of threads
-        dbeta = sum_rows(g).reshape(ctx.parameter_shape) if needs_beta else None
+        dbeta = _sum_rows(g).reshape(ctx.parameter_shape) if needs_beta else None
         return None, dx, None, dgamma, dbeta, None
 
 
@@ -113,14 +114,14 @@ def _exact_in(q: FixedPoint) -> torch.dtype:
 
 
 def _normalized(m: Tensor, gamma: Tensor, n2_eps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """``c gamma r`` ``[n, N]``, ``S`` (int64) and ``r`` (float32) of each row, ``[n, 1]``."""
+    """``c gamma r`` ``[n, N]``, ``S`` (int64) and ``r`` (float64) of each row, ``[n, 1]``."""
     width = m.shape[-1]
     wide = m.to(torch.int32)
     total = wide.sum(-1, keepdim=True, dtype=torch.int64)
     squares = (wide * wide).sum(-1, keepdim=True, dtype=torch.int64)
     variance = (width * squares - total * total).double() + n2_eps
-    r = torch.where(variance > 0, variance.rsqrt(), 0.0).float()
-    return _centred(m, total, dtype) * gamma * r, total, r
+    r = torch.where(variance > 0, variance.rsqrt(), 0.0)
+    return _centred(m, total, dtype) * gamma * r.float(), total, r
 
 
 def _centred(m: Tensor, total: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,12 +135,16 @@ def _input_gradient(g: Tensor, m: Tensor, gamma: Tensor, total: Tensor, r: Tenso
     a = h.sum(-1, keepdim=True, dtype=torch.int64)
     p = (h.long() * m).sum(-1, keepdim=True)  # below 2**45 N
     b = width * p.double() - total.double() * a.double()
-    rho = (width * scale * r.double()).float()
-    return rho * (h.float() - (a.double() / width).float() - _centred(m, total, dtype) * (r.double().square() * b / width).float())
+    rho = (width * scale * r).float()
+    return rho * (h.float() - (a.double() / width).float() - _centred(m, total, dtype) * (r.square() * b / width).float())
 
 
 def _gamma_terms(g: Tensor, m: Tensor, total: Tensor, r: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
-    return g.float() * step * _centred(m, total, dtype) * r
+    return g.float() * step * _centred(m, total, dtype) * r.float()
+
+
+def _sum_rows(g: FixedPoint) -> Tensor:
+    return sum_rows(g) if isinstance(g.exponent, int) else mapping.sum_rows(g).float()
 
 
 def _power(exponent: int | Tensor, device: torch.device) -> Tensor:

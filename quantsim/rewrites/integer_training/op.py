@@ -39,7 +39,7 @@ class Mapper:
         *,
         exponent: int | None = None,
         axis: int | None = None,
-        times: int | Tensor | None = None,
+        times: Tensor | None = None,
     ) -> FixedPoint:
         """``x`` as integers; ``slot`` tells two operands of a kind apart.
 
@@ -57,7 +57,7 @@ class Mapper:
         bits, what = self.config.bits(operand), f"{self.name}, {operand}"
         if axis is None or self.config.exponents == "tensor":
             return to_fixed_point(x, bits, stream, exponent=exponent, what=what)
-        return to_fixed_point_by(axis, x, bits, stream, times=times if isinstance(times, Tensor) else None, what=what)
+        return to_fixed_point_by(axis, x, bits, stream, times=times, what=what)
 
 
 class IntegerOp(nn.Module):

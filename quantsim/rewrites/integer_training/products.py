@@ -18,13 +18,15 @@ are rounded independently, so its expectation is that of float (but for values i
 
 **Exponents of rows** (``exponents="row"``): each token of ``X`` and each output of ``W`` has its own, ``X = 2**x[n] X_hat`` and
 ``W = 2**w[o] W_hat``. Forward they scale the accumulators' rows and columns. Backward they would stand inside the sums, so ``G`` takes
-them over before it is mapped, once for each product; it is multiplied by powers of two, which is exact::
+them over before it is mapped, once for each product (multiplied by powers of two: exact as long as it stays a normal float32)::
 
-    dX = 2**g[n] (G_hat @ W_hat)          G 2**w[o] = 2**g[n] G_hat,    an exponent for each row
-    dW = 2**h[o] (H_hat.T @ X_hat)        G 2**x[n] = 2**h[o] H_hat,    an exponent for each column
-    db = sum over rows of 2**g[n] G_hat, times 2**-w[o], in float64
+    dX = 2**g[n] (G_hat @ W_hat)              G 2**w[o] = 2**g[n] G_hat,    an exponent for each row
+    dW = 2**h[o] (H_hat.T @ X_hat)            G 2**x[n] = 2**h[o] H_hat,    an exponent for each column
+    db = 2**b[o] (sum over rows of B_hat)     G         = 2**b[o] B_hat,    an exponent for each column
 
-The bounds hold with the steps of row and column. An outlier then costs precision in its own token or output alone.
+The bounds hold with the step of each row and column; for an element of ``G`` it is ``2**(g[n] - w[o])`` in ``dX`` and ``2**(h[o] - x[n])`` in
+``dW``. So forward an outlier costs precision in its own token or output alone; backward a token's outlier costs the other tokens'
+gradients some in ``dW``, as a weight's costs the other outputs' in ``dX``.
 """
 
 from __future__ import annotations
@@ -35,10 +37,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quantsim.kernels import mapping
 from quantsim.kernels.digits import missing_for_digits, sums
 from quantsim.kernels.integer_matmul import multiply
-from quantsim.numerics.fixed_point import FixedPoint, from_accumulator, power_of_two
+from quantsim.numerics.fixed_point import FixedPoint, from_accumulator
 from quantsim.rewrites.integer_training.op import Mapper, keep, kept
 
 
@@ -63,12 +64,10 @@ def matmul(mapper: Mapper, a: Tensor, b: Tensor) -> Tensor:
 
 
 def sum_rows(g: FixedPoint) -> Tensor:
-    """``[n, out] -> [out]`` in float32: exact until it is mapped back, and in float64 where rows have exponents."""
-    if isinstance(g.exponent, Tensor):
-        return mapping.sum_rows(g).float()
+    """``[n, m] -> [m]``, exact until it is mapped back; ``g`` has one exponent, or one for each column."""
     m = g.mantissa
     total = m.sum(0, dtype=torch.int64) if m.device.type != "cpu" or missing_for_digits() else sums(m, 0)
-    return from_accumulator(total, g.exponent)
+    return from_accumulator(total, g.exponent if isinstance(g.exponent, int) else g.exponent.flatten())
 
 
 class _Linear(torch.autograd.Function):
@@ -87,18 +86,19 @@ class _Linear(torch.autograd.Function):
         (x, w), _ = kept(ctx)
         _, needs_x, needs_w, needs_b = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])  # [n, out]
-        if isinstance(w.exponent, int):
+        dx = dw = db = None
+        if isinstance(w.exponent, int):  # one a tensor: one mapping serves all three
             g = ctx.mapper.map(grad, "gradient")
             dx = multiply(g, w).reshape(ctx.shape) if needs_x else None
-            return None, dx, multiply(g.t(), x) if needs_w else None, sum_rows(g) if needs_b else None
-        dx = dw = db = None
-        if needs_x or needs_b:
-            g = ctx.mapper.map(grad, "gradient", axis=0, times=w.t().exponent)
-            dx = multiply(g, w.without_exponent()).reshape(ctx.shape) if needs_x else None
-            db = sum_rows(g) * power_of_two(-w.exponent.flatten()) if needs_b else None
+            dw = multiply(g.t(), x) if needs_w else None
+            db = sum_rows(g) if needs_b else None
+            return None, dx, dw, db
+        if needs_x:
+            dx = multiply(ctx.mapper.map(grad, "gradient", axis=0, times=w.t().exponent), w.without_exponent()).reshape(ctx.shape)
         if needs_w:
-            h = ctx.mapper.map(grad, "gradient", slot=1, axis=1, times=x.exponent)
-            dw = multiply(h.t(), x.without_exponent())
+            dw = multiply(ctx.mapper.map(grad, "gradient", 1, axis=1, times=x.exponent).t(), x.without_exponent())
+        if needs_b:
+            db = sum_rows(ctx.mapper.map(grad, "gradient", 2, axis=1))
         return None, dx, dw, db
 
 
