@@ -24,9 +24,9 @@ them over before it is mapped, once for each product (multiplied by powers of tw
     dW = 2**h[o] (H_hat.T @ X_hat)            G 2**x[n] = 2**h[o] H_hat,    an exponent for each column
     db = 2**b[o] (sum over rows of B_hat)     G         = 2**b[o] B_hat,    an exponent for each column
 
-The bounds hold with the step of each row and column; for an element of ``G`` it is ``2**(g[n] - w[o])`` in ``dX`` and ``2**(h[o] - x[n])`` in
-``dW``. So forward an outlier costs precision in its own token or output alone; backward a token's outlier costs the other tokens'
-gradients some in ``dW``, as a weight's costs the other outputs' in ``dX``.
+The bounds hold with the step of each row and column; for an element of ``G`` it is ``2**(g[n] - w[o])`` in ``dX`` and
+``2**(h[o] - x[n])`` in ``dW``. So forward an outlier costs precision in its own token or output alone; backward a token's outlier costs
+the other tokens' gradients some in ``dW``, as a weight's costs the other outputs' in ``dX``.
 """
 
 from __future__ import annotations
