@@ -179,9 +179,10 @@ def to_fixed_point_by(
     Raises:
         FixedPointError: as :func:`to_fixed_point`.
 
-    >>> to_fixed_point_by(0, torch.tensor([[0.3, -1.5], [0.003, 0.001]]), 8).value()
-    tensor([[ 0.2969, -1.5000],
-            [ 0.0030,  0.0010]])
+    >>> to_fixed_point_by(0, torch.tensor([[0.3, -1.5], [0.003, 0.001]]), 8)
+    FixedPoint(mantissa=tensor([[ 19, -96],
+            [ 98,  33]], dtype=torch.int8), exponent=tensor([[ -6],
+            [-15]], dtype=torch.int32), bits=8)
     """
     check_bits(bits, what)
     _check_size(x, what)
