@@ -165,7 +165,7 @@ def table(rows: Sequence[Row], variants: Mapping[str, Variant]) -> str:
         difference = f"{statistics.mean(less):+.2f}" + ("" if len(less) == len(tasks) else f" ({len(less)} of {len(tasks)} tasks)")
         published = f"{PUBLISHED[name]:+.1f}" if name in PUBLISHED else ""
         lines.append((variant.what, *map(cell, found), "" if name == "float" or not less else difference, published))
-    headers = ("", *(f"{task} ({find_task(task).metric})" for task in tasks), "mean less FP32", "published, BERT-base")
+    headers = ("", *(f"{task} ({find_task(task).metric})" for task in tasks), "mean − FP32", "the same, published for BERT-base")
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True, colalign=("left", *["right"] * (len(tasks) + 2)))
 
 
@@ -220,7 +220,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 axes.scatter([i] * len(points[widths[i]]), points[widths[i]], color=line.get_color(), s=12, alpha=0.5)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(widths)), [f"{w} bits" for w in widths])
-    axes.set_ylabel("points less FP32")
+    axes.set_ylabel("difference to FP32, points")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     figure.savefig(path, dpi=120, metadata={"Software": None})
