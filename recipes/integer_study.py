@@ -162,9 +162,9 @@ def table(rows: Sequence[Row], variants: Mapping[str, Variant]) -> str:
             for of, in_float in zip(found, (values(rows, task, "float") for task in tasks), strict=True)
             if (shared := of.keys() & in_float.keys())
         ]
-        difference = f"{statistics.mean(less):+.2f}" + ("" if len(less) == len(tasks) else f" ({len(less)} of {len(tasks)} tasks)")
+        difference = "" if not less else f"{statistics.mean(less):+.2f}" + ("" if len(less) == len(tasks) else f" ({len(less)} of {len(tasks)} tasks)")
         published = f"{PUBLISHED[name]:+.1f}" if name in PUBLISHED else ""
-        lines.append((variant.what, *map(cell, found), "" if name == "float" or not less else difference, published))
+        lines.append((variant.what, *map(cell, found), "" if name == "float" else difference, published))
     headers = ("", *(f"{task} ({find_task(task).metric})" for task in tasks), "mean − FP32", "the same, published for BERT-base")
     return tabulate(lines, headers, tablefmt="github", disable_numparse=True, colalign=("left", *["right"] * (len(tasks) + 2)))
 

@@ -81,6 +81,12 @@ def test_the_table_compares_the_same_seeds() -> None:
     assert lines[3].rstrip(" |").endswith("-1.7")
 
 
+def test_a_line_without_fp32_beside_it_is_compared_with_nothing() -> None:
+    """As the one that the README's command measures again."""
+    (line_of_8,) = [x for x in page([line("cola", "8", 1, 30)], "plot.png").splitlines() if "30.00 (1)" in x]
+    assert [x.strip() for x in line_of_8.strip("|").split("|")] == ["8 bits", "30.00 (1)", "", "-1.7"]
+
+
 def test_every_variant_is_what_its_flags_say() -> None:
     for variant in VARIANTS.values():
         _, config, _ = parse(["--task", "rte", *config_flags(variant.config)])
