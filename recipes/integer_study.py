@@ -162,7 +162,8 @@ def table(rows: Sequence[Row], variants: Mapping[str, Variant]) -> str:
             for of, in_float in zip(found, (values(rows, task, "float") for task in tasks), strict=True)
             if (shared := of.keys() & in_float.keys())
         ]
-        difference = "" if not less else f"{statistics.mean(less):+.2f}" + ("" if len(less) == len(tasks) else f" ({len(less)} of {len(tasks)} tasks)")
+        some = "" if len(less) == len(tasks) else f" ({len(less)} of {len(tasks)} tasks)"
+        difference = f"{statistics.mean(less):+.2f}{some}" if less else ""
         published = f"{PUBLISHED[name]:+.1f}" if name in PUBLISHED else ""
         lines.append((variant.what, *map(cell, found), "" if name == "float" else difference, published))
     headers = ("", *(f"{task} ({find_task(task).metric})" for task in tasks), "mean − FP32", "the same, published for BERT-base")
