@@ -12,17 +12,11 @@ from quantsim.kernels import amx
 from quantsim.kernels.amx import LARGEST_K, missing_for_tiles, product
 from quantsim.kernels.build import BuildError
 from quantsim.kernels.integer_matmul import multiply
-from quantsim.numerics.fixed_point import FixedPoint, from_accumulator, limit_of, mantissa_dtype
+from quantsim.numerics.fixed_point import FixedPoint, from_accumulator
+from tests.kernels.operands import mantissas
 
 TILES = pytest.mark.skipif(bool(missing_for_tiles()), reason=missing_for_tiles())
 SIZES = st.sampled_from((1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65, 100))
-
-
-def mantissas(bits: int, shape: tuple[int, int], seed: int) -> Tensor:
-    """Random ones; for every third seed the largest, with signs that don't cancel."""
-    limit = limit_of(bits)
-    m = torch.randint(-limit, limit + 1, shape, generator=torch.Generator().manual_seed(seed))
-    return (torch.full(shape, limit if seed % 2 else -limit) if seed % 3 == 0 else m).to(mantissa_dtype(bits))
 
 
 @TILES

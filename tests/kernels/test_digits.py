@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from quantsim.kernels import amx
 from quantsim.kernels.digits import cut, missing_for_digits, sums, together
 from quantsim.kernels.integer_matmul import int8_kernel_is_exact, multiply
-from quantsim.numerics.fixed_point import FixedPoint, factors_of, from_accumulator, limit_of, mantissa_dtype
+from quantsim.numerics.fixed_point import FixedPoint, factors_of, from_accumulator
+from tests.kernels.operands import mantissas
 
 pytestmark = pytest.mark.skipif(bool(missing_for_digits()), reason=missing_for_digits())
 KERNEL = pytest.mark.skipif(not int8_kernel_is_exact(), reason="no exact int8 kernel: products are of float64 here")
@@ -25,13 +25,6 @@ def _no_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(amx, "missing_for_tiles", lambda: "not in these tests")
         yield
-
-
-def mantissas(bits: int, shape: tuple[int, int], seed: int) -> Tensor:
-    """Random ones; for every third seed the largest, with signs that don't cancel."""
-    limit = limit_of(bits)
-    m = torch.randint(-limit, limit + 1, shape, generator=torch.Generator().manual_seed(seed))
-    return (torch.full(shape, limit if seed % 2 else -limit) if seed % 3 == 0 else m).to(mantissa_dtype(bits))
 
 
 @KERNEL
