@@ -86,9 +86,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, IntegerConfig | None
     parser.add_argument("--recipe", type=Path, help="another recipe, in place of the task's")
     parser.add_argument("--output_dir", type=Path, help="checkpoints, model and results.json; default runs/<the recipe's name>")
     add_integer_flags(parser)
-    parser.add_argument(
-        "--no-measure-float", dest="measure_float", action="store_false", help="measure what was trained in integers there alone"
-    )
     parser.add_argument("--no-fused", dest="fused", action="store_false", help="don't compile the kernels that map to integers and back")
     add_flags(parser)
     args, rest = parser.parse_known_args(arguments)
@@ -100,7 +97,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, IntegerConfig | None
 
 
 def add_integer_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of :class:`IntegerConfig`."""
+    """A flag for each field of :class:`IntegerConfig`, and what is measured beside it."""
     default = IntegerConfig()
     parser.add_argument("--float", action="store_true", help="train in floating point, to compare with")
     for operand in OPERANDS:
@@ -111,6 +108,9 @@ def add_integer_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ops", nargs="+", choices=KINDS, default=default.ops, help="what is computed in integers; default all but matmul")
     parser.add_argument("--keep_float", nargs="+", default=(), metavar="PATTERN", help="names of ops to leave in float")
+    parser.add_argument(
+        "--no-measure-float", dest="measure_float", action="store_false", help="measure what was trained in integers there alone"
+    )
 
 
 def integer_config(args: argparse.Namespace) -> IntegerConfig:

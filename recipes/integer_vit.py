@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -80,15 +81,20 @@ def follow(args: argparse.Namespace, config: IntegerConfig | None, settings: Tra
         model.classifier.load_state_dict(fresh.classifier.state_dict())
     trained: nn.Module = model if config is None else IntegerTraining(model, config).model
     key = key_of(key, config and asdict(config))
-    _stage(args, "train", key, trained, rows, settings)
-    metrics = {"float": accuracy(model, held_out)}
+    began = time.perf_counter()
+    _stage(args, "finetune", key, trained, rows, settings)
+    seconds = round(time.perf_counter() - began, 1)
+    metrics = {}
     if config is not None:
         metrics[f"integers {config.weight_bits}-{config.activation_bits}-{config.gradient_bits}"] = accuracy(trained, held_out)
+    if config is None or args.measure_float:
+        metrics["float"] = accuracy(model, held_out)
     if PartialState().is_main_process:
         write_model(args.output_dir / MODEL, model)
         flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        set_to = {"integer": config and asdict(config), "training": asdict(settings), "flags": flags}
-        write_results(args.output_dir, {"metrics": metrics, "rows": len(held_out), **set_to})
+        measured = {name: {DIGITS.metric: value, "rows": len(held_out)} for name, value in metrics.items()}
+        set_to = {"recipe": {"finetune": asdict(settings)}, "integer": config and asdict(config), "flags": flags}
+        write_results(args.output_dir, {"metrics": measured, "seconds": {"finetune": seconds}, **set_to})
     return metrics
 
 
@@ -135,7 +141,7 @@ def _stage(args: argparse.Namespace, name: str, key: str, model: nn.Module, rows
 
 @torch.no_grad()
 def accuracy(model: nn.Module, rows: Rows, batch: int = 90) -> float:
-    """In percent. On integers a batch shares its exponents, so the batch size is part of what is measured."""
+    """In percent. Integers of one exponent a tensor share it over a batch, so the batch size is part of what is measured."""
     model.eval()
     logits: list[Tensor] = [model(pixel_values=collate(rows[i : i + batch])["pixel_values"]).logits for i in range(0, len(rows), batch)]
     found = torch.cat(logits).argmax(dim=1).numpy()

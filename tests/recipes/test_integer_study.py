@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from model_zoo.marked import in_marks
-from recipes import integer_study
+from recipes import integer_study, integer_vit
+from recipes.integer_cells import FIELDS, GLUE, VARIANTS, VIT, WIDTHS, config_flags
 from recipes.integer_finetune import parse
-from recipes.integer_study import MARKS, VARIANTS, WIDTHS, config_flags, main, page, read, table, write
+from recipes.integer_study import PUBLISHED, ablations, main, page, read, table, tables, write
 from tests.recipes.test_integer_finetune import files  # noqa: F401
 
 
 def line(task: str, variant: str, seed: int, value: float) -> dict[str, str]:
     given = {"task": task, "variant": variant, "seed": str(seed), "metric": "accuracy", "value": f"{value:.4f}"}
-    return dict.fromkeys(integer_study.FIELDS, "") | given
+    return dict.fromkeys(FIELDS, "") | given
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_an_unknown_cell_is_refused(given: list[str], message: str, capsys: pyte
 
 def test_the_table_compares_the_same_seeds() -> None:
     rows = [line("rte", "float", 1, 60), line("rte", "float", 2, 64), line("rte", "8", 2, 63), line("mrpc", "float", 1, 80)]
-    lines = table(rows, WIDTHS).splitlines()
+    lines = table(rows, WIDTHS, GLUE, PUBLISHED).splitlines()
     assert "62.00 ± 2.83 (2)" in lines[2]
     assert "63.00 (1)" in lines[3]
     assert "-1.00 (1 of 2 tasks)" in lines[3]
@@ -85,6 +86,33 @@ def test_a_line_without_fp32_beside_it_is_compared_with_nothing() -> None:
     """As the one that the README's command measures again."""
     (line_of_8,) = [x for x in page([line("cola", "8", 1, 30)], "plot.png").splitlines() if "30.00 (1)" in x]
     assert [x.strip() for x in line_of_8.strip("|").split("|")] == ["8 bits", "30.00 (1)", "", "-1.7"]
+
+
+def test_what_else_was_varied_is_compared_on_its_own_tasks() -> None:
+    rows = [line(task, variant, 1, 60) for task in ("rte", "cola") for variant in ("float", "8")] + [line("cola", "8_matmul", 1, 59)]
+    head, _, *lines = ablations(rows).splitlines()
+    assert [x.strip() for x in head.strip("|").split("|")] == ["", "cola (matthews)", "mean − FP32"]
+    assert [x.strip("| ").split("|")[-1].strip() for x in lines] == ["60.00 (1)", "+0.00", "-1.00"]
+    assert ablations([row for row in rows if row["variant"] != "8_matmul"]) == ""
+
+
+@pytest.mark.parametrize("task", VIT)
+def test_the_vision_transformer_is_a_task_too(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = integer_vit.main
+    monkeypatch.setattr(integer_vit, "main", lambda given: program([*given, "--epochs", "0.1", "--no-fused"]))
+    given = ["--tasks", task, "--seeds", "1", "--csv", str(tmp_path / "study.csv"), "--runs", str(tmp_path / "runs"), "--no-plot"]
+    assert main([*given, "--variants", "float", "8"]) == 0
+    rows = read(tmp_path / "study.csv")
+    assert [(row["task"], row["variant"], row["metric"], row["rows"]) for row in rows] == [
+        (task, "float", "accuracy", "360"),
+        (task, "8", "accuracy", "360"),
+    ]
+    assert f"{task} (accuracy)" in (tmp_path / "study.md").read_text()
+
+
+def test_flags_that_no_task_takes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tasks", "digits", "--datset", "here"]) == 2
+    assert "--datset: unknown here" in capsys.readouterr().err
 
 
 def test_every_variant_is_what_its_flags_say() -> None:
@@ -103,4 +131,5 @@ def test_the_plot(tmp_path: Path) -> None:
 def test_the_page_and_the_readme_say_what_the_lines_say() -> None:
     rows, readme = read(integer_study.CSV), integer_study.README.read_text()
     assert integer_study.CSV.with_suffix(".md").read_text() == page(rows, "integer_training.png")
-    assert in_marks(readme, MARKS, table(rows, WIDTHS)) == readme
+    for marks, made in tables(rows).items():
+        assert in_marks(readme, marks, made) == readme

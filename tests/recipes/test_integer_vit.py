@@ -44,7 +44,7 @@ def test_it_trains_measures_and_writes(start: str, tmp_path: Path, capsys: pytes
     loaded = ViTForImageClassification.from_pretrained(tmp_path / "model")
     assert loaded.config.num_labels == 10
     stages = sorted(path.name.partition("-")[0] for path in (tmp_path / "stages").iterdir())
-    assert stages == (["train"] if start == "scratch" else ["pretrain", "train"])
+    assert stages == (["finetune"] if start == "scratch" else ["finetune", "pretrain"])
 
 
 def test_what_was_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_fine_tuning_starts_from_half_of_the_digits(tmp_path: Path, monkeypatch:
     seen: dict[str, set[int]] = {}
     monkeypatch.setattr(integer_vit, "train", lambda job: seen.update({job.title: {row["labels"] for row in job.rows}}))
     assert main([*FEW, "--start", "fine-tuned", "--output_dir", str(tmp_path)]) == 0
-    assert seen == {"pretrain": set(range(KNOWN_BEFORE)), "train": set(range(10))}
+    assert seen == {"pretrain": set(range(KNOWN_BEFORE)), "finetune": set(range(10))}
 
 
 @pytest.mark.parametrize(
