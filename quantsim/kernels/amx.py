@@ -47,7 +47,7 @@ def product(a: Tensor, b: Tensor, a_exponent: int | Tensor, b_exponent: int | Te
     if out.numel():
         exponent = sum(x for x in (a_exponent, b_exponent) if isinstance(x, int))
         output = _Output(out=out.data_ptr(), n=n, m=m, exponent=exponent, **{name: x.data_ptr() for name, x in kept.items()})
-        argument = _Product(_operand(a, k_axis=1), _operand(b, k_axis=0), output)
+        argument = _Product(matrix(a, k_axis=1), matrix(b, k_axis=0), output)
         if _kernels().product(ctypes.byref(argument)):
             raise MemoryError(f"no memory to pack [{n}, {k}] and [{k}, {m}]")
     return out
@@ -66,8 +66,8 @@ def _check(a: Tensor, b: Tensor, vectors: Mapping[str, Tensor]) -> None:
         )
 
 
-class _Operand(ctypes.Structure):
-    """``struct Operand`` of the source, field for field."""
+class Matrix(ctypes.Structure):
+    """``struct Matrix`` of ``tiles.h``, field for field."""
 
     _fields_ = [
         ("m", ctypes.c_void_p),
@@ -89,13 +89,14 @@ class _Output(ctypes.Structure):
 class _Product(ctypes.Structure):
     """``struct Product`` of the source, field for field."""
 
-    _fields_ = [("a", _Operand), ("b", _Operand), ("to", _Output)]
+    _fields_ = [("a", Matrix), ("b", Matrix), ("to", _Output)]
 
 
-def _operand(x: Tensor, k_axis: int) -> _Operand:
+def matrix(x: Tensor, k_axis: int) -> Matrix:
+    """Of integers of 8 or 16 bits ``[rows, columns]``, one of whose axes is contiguous; the sum goes along ``k_axis``."""
     k_inside = x.stride(k_axis) == 1
     row = x.stride(1 - k_axis if k_inside else k_axis)
-    return _Operand(x.data_ptr(), x.shape[1 - k_axis], x.shape[k_axis], row, x.element_size(), int(k_inside))
+    return Matrix(x.data_ptr(), x.shape[1 - k_axis], x.shape[k_axis], row, x.element_size(), int(k_inside))
 
 
 @cache

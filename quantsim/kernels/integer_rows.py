@@ -37,7 +37,7 @@ class Op(IntEnum):
 
 
 class Step(NamedTuple):
-    """An op, its plain numbers (in the order that ``rows.cpp`` names), and for CHANNELS the places of its two constants."""
+    """An op, its plain numbers (in the order that ``rows.h`` names), and for CHANNELS the places of its two constants."""
 
     op: Op
     numbers: tuple[int, ...] = ()
@@ -65,21 +65,33 @@ class IntegerRows(nn.Module):
         """int8, uint8, int32 or bool each, broadcast to one shape ``[…, width]`` → that shape."""
         shape = torch.broadcast_shapes(*(x.shape for x in operands))  # type: ignore[no-untyped-call]
         out = torch.empty(shape, dtype=self.dtype)
-        if not out.numel():
-            return out
+        if out.numel():
+            program, _kept = self.program(operands, out)
+            _kernel()(ctypes.byref(program))
+        return out
+
+    def program(self, operands: Sequence[Tensor | None], out: Tensor) -> tuple[Program, object]:
+        """What the kernel takes, and what has to live as long as it does.
+
+        Args:
+            operands: of shapes that broadcast to that of ``out``; ``None``: the kernel has it.
+            out: ``[…, width]``, contiguous, filled by the kernel.
+        """
+        shape = out.shape
         leading = (1,) * (LEADING + 1 - len(shape)) + tuple(shape[:-1])
-        taken = [x.expand(shape) for x in operands]
-        taken = [x if x.stride(-1) in (0, 1) or shape[-1] == 1 else x.contiguous() for x in taken]
+        taken = [x if x is None else x.expand(shape) for x in operands]
+        taken = [x if x is None or x.stride(-1) in (0, 1) or shape[-1] == 1 else x.contiguous() for x in taken]
         array = (_Operand * len(taken))()
         for place, x in zip(array, taken, strict=True):
+            if x is None:
+                continue
             strides = (0,) * (LEADING + 1 - x.ndim) + x.stride()[:-1]
             place.data, place.at, place.type = x.data_ptr(), (ctypes.c_int64 * LEADING)(*strides), TYPES[x.dtype]
             place.step = x.stride(-1) if shape[-1] > 1 else 1
-        program = _Program(width=shape[-1], operands=array, count=len(self.steps), depth=self.depth)
+        program = Program(width=shape[-1], operands=array, count=len(self.steps), depth=self.depth)
         program.sizes, program.steps = (ctypes.c_int64 * LEADING)(*leading), self._as_taken(shape[-1])
         program.out, program.type = out.data_ptr(), TYPES[self.dtype]
-        _kernel()(ctypes.byref(program))
-        return out
+        return program, (taken, array)
 
     def _as_taken(self, width: int) -> Any:
         constants = [self.get_buffer(f"constant_{i}") for i in range(self.count)]
@@ -131,8 +143,8 @@ class _Step(ctypes.Structure):
     _fields_ = [("op", ctypes.c_int32), ("n", ctypes.c_int64 * NUMBERS), ("multiplier", ctypes.c_void_p), ("offset", ctypes.c_void_p)]
 
 
-class _Program(ctypes.Structure):
-    """``struct Program`` of the source, field for field."""
+class Program(ctypes.Structure):
+    """``struct Program`` of ``rows.h``, field for field."""
 
     _fields_ = [
         ("sizes", ctypes.c_int64 * LEADING),
@@ -149,5 +161,5 @@ class _Program(ctypes.Structure):
 @cache
 def _kernel() -> Any:
     kernel = library(SOURCE).rows
-    kernel.argtypes, kernel.restype = [ctypes.POINTER(_Program)], None
+    kernel.argtypes, kernel.restype = [ctypes.POINTER(Program)], None
     return kernel

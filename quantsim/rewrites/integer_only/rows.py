@@ -11,6 +11,7 @@ from quantsim.graph.roles import KEEPS_GRID, op_of, resolve
 from quantsim.kernels.edges import COMPUTES, look_up
 from quantsim.kernels.int8_matmul import affine_matmul, int8_matmul
 from quantsim.kernels.integer_rows import TYPES, IntegerRows, Op, Step
+from quantsim.kernels.product_rows import ProductRows, missing_for_product_rows
 from quantsim.numerics.dyadic import rescale, rescale_channels
 from quantsim.numerics.polynomial import (
     ERF_BITS,
@@ -35,7 +36,10 @@ GIVES_INT32 = frozenset({int8_matmul, affine_matmul, i_gelu, i_tanh, i_normalize
 
 
 def in_rows(graph: fx.GraphModule) -> fx.GraphModule:
-    """A new graph with the same values, in which each such chain is one module; tensors are shared, and the given graph stays as it is."""
+    """A new graph with the same values, in which each such chain is one module, with the product before it where the CPU has AMX tiles.
+
+    Tensors are shared, and the given graph stays as it is.
+    """
     fused = fx.GraphModule(graph, copy.deepcopy(graph.graph), type(graph).__name__)
     done: set[fx.Node] = set()
     for node in reversed(list(fused.graph.nodes)):
@@ -47,15 +51,28 @@ def in_rows(graph: fx.GraphModule) -> fx.GraphModule:
         if len(program.inside) == 1 and node.target is aten.to.dtype:
             continue
         path = f"{ROOM}.rows.{node.name}"
-        fused.add_submodule(path, IntegerRows(program.steps, program.constants, _known(_gives(node, fused))))
+        module, arguments = _module(program, _known(_gives(node, fused)))
+        fused.add_submodule(path, module)
         with fused.graph.inserting_before(node):
-            new = fused.graph.call_module(path, tuple(program.operands))
+            new = fused.graph.call_module(path, arguments)
         new.meta = {COMPUTES: node.meta.get(COMPUTES, node.name)}
         node.replace_all_uses_with(new)
     fused.graph.eliminate_dead_code()
     fused.graph.lint()
     fused.recompile()
     return fused
+
+
+def _module(program: _Program, dtype: torch.dtype) -> tuple[IntegerRows, tuple[fx.Node, ...]]:
+    """The program and what it is called on; the first product that it alone reads is in it, where the CPU has a kernel for that."""
+    if not missing_for_product_rows():
+        for place, x in enumerate(program.operands):
+            if x.target is int8_matmul and len(x.users) == 1 and program.pushes(place) == 1:
+                a, b, kernel = x.args
+                others = program.operands[:place] + program.operands[place + 1 :]
+                module = ProductRows(program.steps, program.constants, dtype, place, bool(kernel))
+                return module, (a, b, *others)  # type: ignore[arg-type]
+    return IntegerRows(program.steps, program.constants, dtype), tuple(program.operands)
 
 
 class _Program:
@@ -82,6 +99,10 @@ class _Program:
         else:
             self._operand(node.args[0], node)
             self.steps += self._step(node)
+
+    def pushes(self, place: int) -> int:
+        """How often an operand is read."""
+        return sum(step.op is Op.PUSH and step.numbers[0] == place for step in self.steps)
 
     def _operand(self, x: object, reader: fx.Node) -> None:
         assert isinstance(x, fx.Node)
