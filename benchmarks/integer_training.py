@@ -30,7 +30,7 @@ from transformers import BertForSequenceClassification
 from benchmarks.simulation import SHAPES
 from quantsim import IntegerConfig, IntegerTraining
 from quantsim.kernels.integer_matmul import multiply
-from quantsim.numerics.fixed_point import to_fixed_point
+from quantsim.numerics.fixed_point import to_fixed_point_by
 from quantsim.numerics.fused import fused_kernels
 
 Step = Callable[[], None]
@@ -99,8 +99,9 @@ def product_seconds(config: Any, tokens: int, bits: int | None) -> float:
         if bits is None:
             products: list[Callable[[], object]] = [partial(torch.matmul, a, b) for a, b in ((x, w.t()), (g, w), (g.t(), x))]
         else:
-            xq, wq, gq = (to_fixed_point(t, bits) for t in (x, w, g))
-            products = [partial(multiply, a, b) for a, b in ((xq, wq.t()), (gq, wq), (gq.t(), xq))]
+            (xq, wq, gq), by_column = (to_fixed_point_by(0, t, bits) for t in (x, w, g)), to_fixed_point_by(1, g, bits)
+            pairs = ((xq, wq.t()), (gq, wq.without_exponent()), (by_column.t(), xq.without_exponent()))
+            products = [partial(multiply, a, b) for a, b in pairs]
         total += count * config.num_hidden_layers * sum(map(median_seconds, products))
     return total
 
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 10, 16])
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="MODEL", help=", ".join(SHAPES))
-    parser.add_argument("--no-fused", dest="fused", action="store_false", help="don't compile the mapping kernels")
+    parser.add_argument("--no-fused", dest="fused", action="store_false", help="don't compile elementwise kernels")
     parser.add_argument("--output", type=Path, default=None, help="write the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

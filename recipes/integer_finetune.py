@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, IntegerConfig | None
     parser.add_argument("--recipe", type=Path, help="another recipe, in place of the task's")
     parser.add_argument("--output_dir", type=Path, help="checkpoints, model and results.json; default runs/<the recipe's name>")
     add_integer_flags(parser)
-    parser.add_argument("--no-fused", dest="fused", action="store_false", help="don't compile the kernels that map to integers and back")
+    parser.add_argument("--no-fused", dest="fused", action="store_false", help="don't compile elementwise kernels")
     add_flags(parser)
     args, rest = parser.parse_known_args(arguments)
     if (args.task is None) == (args.recipe is None):

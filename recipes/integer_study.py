@@ -1,11 +1,11 @@
-"""What training in integers costs: tasks by bit widths by seeds, and what rounding, widths apart and LayerNorm do to it.
+"""What training in integers costs: tasks by bit widths by seeds, and what rounding, exponents, widths apart and the choice of ops do.
 
     python recipes/integer_study.py --tasks mrpc rte --variants float 16 8 --seeds 1000 1001 1002 --dataset FOLDER
 
 Each run is a line of ``docs/integer_training.csv``, written when it is measured; lines that are there are not measured again, and a run
 that was killed goes on from its last checkpoint. ``docs/integer_training.md``, its plot and the README's table are made from the lines.
-``--csv`` writes other files: so a line is measured once more, to compare. Several processes may share a
-file, as long as no two are at the same task and seed.
+``--csv`` and ``--runs`` name other files and checkpoints: so a line is trained and measured once more, to compare. Several processes may
+share a file, as long as no two are at the same task and seed.
 """
 
 from __future__ import annotations

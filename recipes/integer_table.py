@@ -8,7 +8,6 @@ tables anew; without folders it makes the tables alone.
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,45 +17,28 @@ from typing import Any
 from tabulate import tabulate
 
 from model_zoo.marked import in_marks
-from model_zoo.results import csv_text
+from recipes.lines import Row, read_lines, write_lines
 from recipes.tasks import RecipeError, find_task
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV, DOCUMENT, README = ROOT / "recipes" / "integer_results.csv", ROOT / "docs" / "integers.md", ROOT / "README.md"
 MARKS = "integers"
 SETTINGS = ("lr", "epochs", "seed", "date")
-FIELDS = (
-    "name",
-    "model",
-    "source",
-    "task",
-    "metric",
-    "rows",
-    "fp32",
-    "before",
-    "after",
-    "int8",
-    "equal_rows",
-    "lr",
-    "epochs",
-    "seed",
-    "date",
-)
+FIELDS = tuple("name model source task metric rows fp32 before after int8 equal_rows lr epochs seed date".split())
 HEADERS = ("system", "task", "metric", "model, source", "rows", "FP32", "before training", "after", "on int8 kernels")
 SUMMARY = ("task", "FP32", "I-BERT calibrated", "trained", "Q8BERT calibrated", "trained", "on int8 kernels")
 OURS = "measured here"
 PARTIAL = ("fold", "max_steps", "max_train_rows", "max_eval_rows")
-Row = dict[str, str]
 
 
 def main(arguments: Sequence[str]) -> int:
     """Add the runs in these folders, and write all three files."""
     try:
-        rows = with_runs(read_rows(), [row_of(Path(folder)) for folder in arguments])
+        rows = with_runs(read_lines(CSV, FIELDS), [row_of(Path(folder)) for folder in arguments])
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    CSV.write_text(csv_text(rows, FIELDS), encoding="utf-8")
+    write_lines(CSV, rows, FIELDS)
     for path, made in ((DOCUMENT, table(rows)), (README, summary(rows))):
         path.write_text(in_marks(path.read_text(encoding="utf-8"), MARKS, made), encoding="utf-8")
     return 0
@@ -105,11 +87,6 @@ def row_of(folder: Path) -> Row:
 
 
 # ---- rows ----
-
-
-def read_rows(path: Path = CSV) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return [dict(row) for row in csv.DictReader(file)]
 
 
 def with_runs(rows: Iterable[Row], new: Sequence[Row]) -> list[Row]:

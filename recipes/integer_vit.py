@@ -159,7 +159,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=1000)
     add_integer_flags(parser)
-    parser.add_argument("--no-fused", dest="fused", action="store_false", help="don't compile the kernels that map to integers and back")
+    parser.add_argument("--no-fused", dest="fused", action="store_false", help="don't compile elementwise kernels")
     return parser.parse_args(arguments)
 
 

@@ -57,7 +57,7 @@ class Job:
         seed: of the rows' order and of dropout.
         by_length: rows of like length share a batch; for a ``collate`` that pads to the longest.
         ranges, range_lr: parameters of quantizers, and their learning rate.
-        fused: run fake quantizers as compiled kernels.
+        fused: run elementwise functions (fake quantizers, integer LayerNorm) as compiled kernels.
         before_step: called with the number of the coming step and that of all steps.
         evaluate, eval_steps: metrics of the model, taken every so many steps, shown and written to the log; ``None`` never.
         save_steps: optimizer steps from one checkpoint to the next; ``None`` keeps one an epoch.

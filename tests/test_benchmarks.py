@@ -38,7 +38,8 @@ def test_the_integer_training_command(tmp_path: Path, monkeypatch: pytest.Monkey
     from benchmarks import integer_training
 
     output = tmp_path / "figures.json"
-    flags = ["--rounds", "1", "--rows", "2", "--length", "8", "--threads", "1", "--no-fused", "--models", "MiniLM shape (6x384)"]
+    sizes = ["--rounds", "1", "--rows", "2", "--length", "8", "--threads", "1", "--bits", "8", "16"]
+    flags = [*sizes, "--no-fused", "--models", "MiniLM shape (6x384)"]
     monkeypatch.setattr("sys.argv", ["integer_training.py", *flags, "--output", str(output)])
     integer_training.main()
     found = json.loads(output.read_text())["results"]

@@ -25,10 +25,10 @@ def library(source: Path) -> ctypes.CDLL:
     """The compiled source, from the cache folder (``kernels`` in ``QUANTSIM_CACHE``, else in ``~/.cache/quantsim``) or made now.
 
     Raises:
-        BuildError: no C++ compiler (``CXX``, else ``g++``), a source that it refuses, or a folder that cannot be written.
+        BuildError: no C++ compiler (``CXX``, else ``g++``), a source that it refuses, or a folder that cannot be found or written.
     """
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
     try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
         known = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
         texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
         what = "\n".join((*texts, known, *FLAGS, _cpu()))
@@ -46,6 +46,10 @@ def library(source: Path) -> ctypes.CDLL:
     except subprocess.CalledProcessError as error:
         refused = next((line for line in error.stderr.splitlines() if "error" in line), "without a word")
         raise BuildError(f"{compiler[0]} refused {source.name}: {refused.split('error:')[-1].strip()}") from error
+    except ValueError as error:  # of shlex
+        raise BuildError(f"CXX is {os.environ['CXX']!r}: {error}") from error
+    except RuntimeError as error:  # of Path.home
+        raise BuildError(f"{source.name}: {error}; set {CACHE} to a folder for kernels") from error
     except OSError as error:
         raise BuildError(f"{source.name}: {error}") from error
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from quantsim.kernels.cpu import onednn
 from quantsim.kernels.edges import Grid
-from quantsim.kernels.int8_matmul import INT8_TERMS
+from quantsim.kernels.int8_matmul import INT8_TERMS, exact_matmul
 
 PostOp = Literal["none", "relu", "gelu"]
 INSTEAD = "write it with LoweredModel.save_pretrained, or take the simulation's (sim.model)"
@@ -131,7 +131,7 @@ class Int8Linear(nn.Module):
 
     def _in_float32(self, q: Tensor, scales: Tensor, zero_point: int | Tensor, bias: Tensor | None, out: Grid | None) -> Tensor:
         """The kernel's arithmetic, operation for operation: the same values to the bit (with GELU, which it approximates, nearly)."""
-        y = exact_product(q.float() - zero_point, self.weight.float()) * scales
+        y = exact_matmul(q.float() - zero_point, self.weight.float().t(), INT8_TERMS) * scales
         if bias is not None:
             y = y + bias
         if self.post_op == "relu":
@@ -164,15 +164,3 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         out = ", ".join(f"{out.width} × {'float32' if out.grid is None else out.grid.dtype}" for out in self.outputs)
         return f"in={self.in_features}, out={out}, post_op={self.post_op}"
-
-
-def exact_product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` of integers in float32, ``|x| <= 255`` and ``|weight| <= 128``: the exact sum, rounded once.
-
-    A float32 holds every integer up to ``2**24``, so sums of 514 terms are exact in any order; of more, such parts are added
-    in float64.
-    """
-    if x.shape[-1] <= INT8_TERMS:
-        return functional.linear(x, weight)
-    parts = zip(torch.split(x, INT8_TERMS, -1), torch.split(weight, INT8_TERMS, -1), strict=True)
-    return torch.stack([functional.linear(a, b).double() for a, b in parts]).sum(0).float()

@@ -72,48 +72,46 @@ def scaled_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int, scale: float) 
     return exact_matmul(a.float().sub_(zero_a), b.float().sub_(zero_b)).mul_(scale)
 
 
-def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+def exact_matmul(a: Tensor, b: Tensor, terms: int = EXACT_TERMS) -> Tensor:
     """``a @ b`` of integers in float32, none above 255 in size: the exact sum, rounded once.
 
-    A float32 holds every integer up to ``2**24``, so sums of 258 terms are exact in any order; of more, such parts are added
-    in float64.
+    Args:
+        terms: so many products add up to less than ``2**24``, below which a float32 holds every integer: 258, or 514 where ``b`` is of
+            int8. Their sums are exact in any order; of more, such parts are added in float64.
     """
-    if a.shape[-1] <= EXACT_TERMS:
+    return _in_parts(a, b, terms).float()
+
+
+def _in_parts(a: Tensor, b: Tensor, terms: int) -> Tensor:
+    """Exact: float32 of one part, else float64."""
+    if a.shape[-1] <= terms:
         return a @ b
-    parts = zip(torch.split(a, EXACT_TERMS, -1), torch.split(b, EXACT_TERMS, -2), strict=True)
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for x, y in parts:
-        total = total + (x @ y)
-    return total.float()
+    first, *rest = zip(torch.split(a, terms, -1), torch.split(b, terms, -2), strict=True)
+    total = (first[0] @ first[1]).double()
+    for x, y in rest:
+        total += x @ y
+    return total
 
 
 @torch.library.custom_op("quantsim::int8_matmul", mutates_args=())
 def _int8_matmul(a: Tensor, b: Tensor, kernel: bool) -> Tensor:
     if a.shape[-1] > LARGEST_SUM:
         raise ValueError(f"a product over {a.shape[-1]} integers of 8 bits may overflow 32 bits; at most {LARGEST_SUM}")
+    if a.dtype not in (torch.int8, torch.uint8) or b.dtype != torch.int8:
+        raise ValueError(f"a product of {a.dtype} and {b.dtype}; expected int8 or uint8, and int8")
     if not kernel:
-        return _in_float32(a, b)
+        return _in_parts(a.float(), b.float(), INT8_TERMS).to(torch.int32)
     if b.ndim == 2:
-        rows = a.reshape(-1, a.shape[-1])
+        rows = a.reshape(a.shape[:-1].numel(), a.shape[-1])
         return int_mm(rows, b).reshape(*a.shape[:-1], b.shape[-1])
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
-    left = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
-    right = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
+    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(batch.numel(), *x.shape[-2:]) for x in (a, b))
     if not missing_for_batches():
         return batched_matmul(left, right).reshape(*batch, a.shape[-2], b.shape[-1])
     out = torch.empty(len(left), a.shape[-2], b.shape[-1], dtype=torch.int32, device=a.device)
     for x, y, z in zip(left, right, out, strict=True):
         torch._int_mm(x, y, out=z)
     return out.reshape(*batch, *out.shape[-2:])
-
-
-def _in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """Parts of 514 terms, whose sums a float32 holds in any order (``514 * 255 * 128 < 2**24``), added in int32."""
-    first, *rest = zip(torch.split(a.float(), INT8_TERMS, -1), torch.split(b.float(), INT8_TERMS, -2), strict=True)
-    total = (first[0] @ first[1]).to(torch.int32)
-    for x, y in rest:
-        total += (x @ y).to(torch.int32)
-    return total
 
 
 @_int8_matmul.register_fake

@@ -20,7 +20,8 @@ there is a C++ compiler, cutting is one pass over an operand, and putting togeth
 unsigned digits alike, so there are no offsets, and what leaves it is float32.
 
 **Where there is no such kernel** (batches of matrices, other devices, CPUs whose int8 kernels saturate, ``K >= 131072``) the product is
-one of float32 where every partial sum is below ``2**24``, else of float64: integers below these bounds are exact in them, in any order.
+one of float32 where every partial sum is below ``2**24`` and its products use all bits, else of float64: integers below these bounds are
+exact in them, in any order.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def integer_matmul(a: Tensor, b: Tensor, a_bits: int, b_bits: int) -> Tensor:
         raise FixedPointError(f"a product over {k} terms; expected {LARGEST_K} or fewer (cut the batch)")
     largest = k * limit_of(a_bits) * limit_of(b_bits)
     if not _on_int8_kernel(a, b):
-        dtype = torch.float32 if largest < 2**24 and a.device.type == "cpu" else torch.float64  # a GPU's float32 may be TF32
+        dtype = torch.float32 if largest < 2**24 and _float32_is_whole(a.device) else torch.float64
         return a.to(dtype) @ b.to(dtype)
     if a_bits <= 8 and b_bits <= 8:
         return int_mm(a, b)
@@ -92,6 +93,11 @@ def _on_tiles(a: Tensor, b: Tensor) -> bool:
 def _on_int8_kernel(a: Tensor, b: Tensor) -> bool:
     """A product of two matrices whose sums fit the int8 kernel, on a machine that has it."""
     return a.ndim == b.ndim == 2 and a.shape[-1] < INT8_KERNEL_K and a.device.type == "cpu" and int8_kernel_is_exact()
+
+
+def _float32_is_whole(device: torch.device) -> bool:
+    """Products of float32 use all of its bits: a GPU's may be TF32, and those of a CPU bf16 (``torch.set_float32_matmul_precision``)."""
+    return device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
 
 
 @cache
@@ -129,7 +135,7 @@ def _by_digits_in_one_pass(a: FixedPoint, b: FixedPoint, factors: tuple[float, f
     products = [(int_mm(x, y), 8 * (i + j)) for i, x in enumerate(a_digits) for j, y in enumerate(b_digits)]
     rows = sums(a.mantissa, 1, b_offset, -k * a_offset * b_offset) if b_offset else None  # sum a' = sum a - k * offset_a
     columns = sums(b.mantissa, 0, a_offset, 0) if a_offset else None  # sum b' + k * offset_b = sum b
-    return together(products, rows, columns, factors, bias if bias is None else bias.detach().float())
+    return together(products, rows, columns, factors, bias)
 
 
 def _cut(x: FixedPoint) -> tuple[tuple[Tensor, ...], int]:

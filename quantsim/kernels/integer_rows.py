@@ -95,10 +95,10 @@ class IntegerRows(nn.Module):
 
     def _as_taken(self, width: int) -> Any:
         constants = [self.get_buffer(f"constant_{i}") for i in range(self.count)]
+        if wrong := [x for x in constants if x.shape != (width,) or x.dtype != torch.int64]:
+            raise ValueError(f"a rescale of {len(wrong[0])} channels of {wrong[0].dtype}; expected int64, and the rows' {width} elements")
         addresses = [x.data_ptr() for x in constants]
         if self._program is None or self._program[0] != addresses:
-            if wrong := [x for x in constants if x.shape != (width,) or x.dtype != torch.int64]:
-                raise ValueError(f"a rescale of {len(wrong[0])} channels of {wrong[0].dtype}; the rows have {width} elements")
             array = (_Step * len(self.steps))()
             for place, step in zip(array, self.steps, strict=True):
                 place.op, place.n = step.op, (ctypes.c_int64 * NUMBERS)(*step.numbers)

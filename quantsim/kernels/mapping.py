@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantsim.kernels.build import library, why_not
 from quantsim.numerics import fixed_point
-from quantsim.numerics.fixed_point import FixedPoint, check_bits, exponent_for, limit_of, mantissa_dtype
+from quantsim.numerics.fixed_point import FixedPoint, check_bits, check_matrix, exponent_for, limit_of, mantissa_dtype
 
 SOURCE = Path(__file__).with_name("mapping.cpp")
 
@@ -40,8 +40,8 @@ def to_fixed_point(
     if not _on_kernel(x):
         return fixed_point.to_fixed_point(x, bits, stream, exponent=exponent, what=what)
     flat = _flat(x)
-    if exponent is None:
-        exponent = shared_exponent(flat, bits, what)
+    found = shared_exponent(flat, bits, what)  # looks for NaN and infinity, too
+    exponent = found if exponent is None else exponent
     out = torch.empty(x.shape, dtype=mantissa_dtype(bits), device=x.device)
     _kernels().map(ctypes.byref(_mapping(flat, out, bits, stream, exponent)))
     return FixedPoint(out, exponent, bits)
@@ -52,12 +52,11 @@ def to_fixed_point_by(
 ) -> FixedPoint:
     """``numerics.fixed_point.to_fixed_point_by``, on the kernels where there are some: the same arguments, mantissas and errors."""
     check_bits(bits, what)
+    check_matrix(axis, x, times, what)
     if _on_kernel(x):
         flat, shape = _flat(x), (len(x), 1) if axis == 0 else (1, x.shape[1])
         exponents = torch.empty(shape, dtype=torch.int32, device=x.device)
         out = torch.empty(x.shape, dtype=mantissa_dtype(bits), device=x.device)
-        if times is not None and times.shape != ((1, x.shape[1]) if axis == 0 else (len(x), 1)):
-            raise ValueError(f"times: {list(times.shape)} for axis {axis} of {list(x.shape)}; expected those of the other axis")
         argument = _ByAxis(all=_mapping(flat, out, bits, stream), rows=x.shape[0], columns=x.shape[1], axis=axis, bits=bits)
         times = None if times is None else times.contiguous()
         argument.times, argument.exponents = None if times is None else times.data_ptr(), exponents.data_ptr()
@@ -66,9 +65,17 @@ def to_fixed_point_by(
     return fixed_point.to_fixed_point_by(axis, x, bits, stream, times=times, what=what)
 
 
-def sum_rows(g: FixedPoint) -> Tensor:
-    """The rows of a matrix whose rows have exponents, added up in float64: ``[n, m] -> [m]``."""
-    assert isinstance(g.exponent, Tensor)
+def sum_scaled_rows(g: FixedPoint) -> Tensor:
+    """The rows of a matrix whose rows have exponents, added up in float64: ``[n, m] -> [m]``.
+
+    The order of additions is the kernel's or torch's: exact, and so the same, where rows are less than ``2**22`` apart.
+
+    Raises:
+        ValueError: other exponents than ``[n, 1]``.
+    """
+    if not isinstance(g.exponent, Tensor) or g.exponent.shape != (len(g.mantissa), 1):
+        given = list(g.exponent.shape) if isinstance(g.exponent, Tensor) else "one of all"
+        raise ValueError(f"exponents: {given}; expected one of each row, [{len(g.mantissa)}, 1]")
     if not _on_kernel(g.mantissa):
         return (g.mantissa.double() * fixed_point.power_of_two(g.exponent, torch.float64)).sum(0)
     m, exponents = g.mantissa.contiguous(), g.exponent.contiguous()

@@ -39,6 +39,11 @@ class ProductRows(IntegerRows):
         shape = torch.Size((*batch, a.shape[-2], b.shape[-1]))
         broadcast = torch.broadcast_shapes(shape, *(x.shape for x in others))  # type: ignore[no-untyped-call]
         few = shape[:-1].numel() < ROWS_OF_TILES * torch.get_num_threads()
+        if a.shape[-1] != b.shape[-2] or a.dtype not in (torch.int8, torch.uint8) or b.dtype != torch.int8:
+            raise ValueError(
+                f"product of {list(a.shape)} ({a.dtype}) and {list(b.shape)} ({b.dtype}); expected int8 or uint8 and int8, "
+                "and as many columns as rows"
+            )
         if broadcast != shape or few or a.shape[-1] > LARGEST_SUM or not shape.numel():
             operands = list(others)
             operands.insert(self.place, int8_matmul(a, b, self.kernel))

@@ -118,9 +118,9 @@ def grid_range(params: AffineParams) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor, params: AffineParams) -> Tensor:
-    """``q`` of the module's equation, as int32 of ``x``'s shape."""
+    """``q`` of the module's equation, computed in at least float32, as int32 of ``x``'s shape."""
     scale, zero_point = params.broadcast(params.scale, x.ndim), params.broadcast(params.zero_point, x.ndim)
-    return ((x / scale).round() + zero_point).clamp(params.quant_min, params.quant_max).to(torch.int32)
+    return (_divide(x, scale).round_() + zero_point).clamp(params.quant_min, params.quant_max).to(torch.int32)
 
 
 def dequantize(q: Tensor, params: AffineParams) -> Tensor:

@@ -125,6 +125,29 @@ def _not_finite(x: Tensor, what: str) -> FixedPointError:
     return FixedPointError(f"{what}: {bad} of {x.numel()} values are NaN or infinite (shape {list(x.shape)}); they share no exponent")
 
 
+def _overflow(y: Tensor, what: str) -> FixedPointError:
+    bad = y.numel() - int(y.isfinite().sum())
+    return FixedPointError(
+        f"{what}: {bad} of {y.numel()} values (shape {list(y.shape)}) are no float32 when they are multiplied by the powers of two of the "
+        'other operand; expected a product below 2**128 (scale the loss down, or take exponents="tensor")'
+    )
+
+
+def check_matrix(axis: int, x: Tensor, times: Tensor | None, what: str) -> None:
+    """What :func:`to_fixed_point_by` takes.
+
+    Raises:
+        ValueError: no matrix, another axis than 0 and 1, or ``times`` of another shape or type.
+    """
+    if x.ndim != 2 or axis not in (0, 1):
+        raise ValueError(f"{what}: {list(x.shape)}, axis {axis}; expected a matrix, and axis 0 or 1")
+    expected = (1, x.shape[1]) if axis == 0 else (len(x), 1)
+    if times is not None and (tuple(times.shape), times.dtype) != (expected, torch.int32):
+        raise ValueError(
+            f"{what}: times {list(times.shape)} of {times.dtype} for axis {axis} of {list(x.shape)}; expected int32 {list(expected)}"
+        )
+
+
 def exponent_for(largest: float, bits: int, what: str = "tensor") -> int:
     """The exponent of a tensor whose largest magnitude is ``largest``.
 
@@ -155,8 +178,8 @@ def to_fixed_point(
     >>> q.mantissa, q.exponent, q.value()
     (tensor([ 19, -96], dtype=torch.int8), -6, tensor([ 0.2969, -1.5000]))
     """
-    if exponent is None:
-        exponent = shared_exponent(x, bits, what)
+    found = shared_exponent(x, bits, what)  # looks for NaN and infinity, too
+    exponent = found if exponent is None else exponent
     _check_size(x, what)
     flat, dtype = _plain(x.detach().float().reshape(-1)), mantissa_dtype(bits)
     numbers = torch.tensor([math.ldexp(1.0, -exponent), limit_of(bits)], device=x.device)
@@ -185,6 +208,7 @@ def to_fixed_point_by(
             [-15]], dtype=torch.int32), bits=8)
     """
     check_bits(bits, what)
+    check_matrix(axis, x, times, what)
     _check_size(x, what)
     y = x.detach().float() if times is None else x.detach().float() * power_of_two(times)
     if not y.numel():
@@ -192,7 +216,7 @@ def to_fixed_point_by(
         return FixedPoint(y.to(mantissa_dtype(bits)), torch.full(shape, LEAST_EXPONENT, dtype=torch.int32, device=x.device), bits)
     largest = y.abs().amax(1 - axis, keepdim=True)
     if not bool(largest.isfinite().all()):
-        raise _not_finite(y if bool(x.isfinite().all()) else x, what)
+        raise _not_finite(x, what) if times is None or not bool(x.isfinite().all()) else _overflow(y, what)
     exponent = torch.where(largest > 0, largest.frexp().exponent - (bits - 1), LEAST_EXPONENT).clamp_min(LEAST_EXPONENT).int()
     flat = (y * power_of_two(-exponent)).reshape(-1)
     numbers = torch.tensor([1.0, limit_of(bits)], device=x.device)

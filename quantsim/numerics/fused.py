@@ -1,4 +1,4 @@
-"""``fake_quantize`` as one kernel forward and one backward, made by ``torch.compile``.
+"""``fake_quantize`` as one kernel forward and one backward, made by ``torch.compile``; and other functions of a few lines.
 
 The eager form makes about four passes over a tensor forward and six backward, most of them over memory and not
 arithmetic. Fused, each element is read and written once either way. What is compiled are these few lines, not the
@@ -28,7 +28,8 @@ def fused_kernels_active() -> bool:
 
 @contextmanager
 def fused_kernels(active: bool = True) -> Iterator[bool]:
-    """Let fake quantizers that are trained run as fused kernels inside the ``with`` block.
+    """Let what is trained through run as fused kernels inside the ``with`` block: fake quantizers; in integer training LayerNorm, and the
+    mappings to integers and back where they have no kernel in C++.
 
     Values are those of the eager form; sums (the gradients of ranges) differ in float rounding.
 
@@ -52,7 +53,7 @@ def _can_compile() -> bool:
             compiled_kernel(_forward)(one, one[0].data, one[0].data, one[0].data)
     except Exception as error:  # no compiler, no headers, a read-only cache folder: each fails in its own way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(f"fake quantizers run unfused: torch.compile fails here ({reason}). A C++ compiler (g++) is needed", stacklevel=4)
+        warnings.warn(f"elementwise kernels run unfused: torch.compile fails here ({reason}). A C++ compiler (g++) is needed", stacklevel=4)
         return False
     return True
 

@@ -44,9 +44,8 @@ class Noise:
     def between(cls, x: Tensor, x_hat: Tensor) -> Noise:
         """Of a tensor and what became of it, in float64."""
         wide = x.detach().double().flatten()
-        signal = torch.dot(wide, wide).item()
-        wide.sub_(x_hat.detach().flatten())
-        return cls(signal, torch.dot(wide, wide).item())
+        error = wide - x_hat.detach().flatten()
+        return cls(torch.dot(wide, wide).item(), torch.dot(error, error).item())
 
     @property
     def db(self) -> float:

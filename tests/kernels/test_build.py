@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,26 @@ def test_what_misses_is_said(monkeypatch):
     finally:
         int8_attention._kernel.cache_clear()
         int8_attention.missing_for_attention.cache_clear()
+
+
+def test_no_home_and_a_compiler_that_is_no_command(tmp_path, monkeypatch):
+    """As in a container whose user is a mere number."""
+    monkeypatch.setenv("CXX", "g++ '")
+    with pytest.raises(BuildError, match='CXX is "g\\+\\+ \'": No closing quotation'):
+        library(source(tmp_path))
+    monkeypatch.delenv("CXX")
+    monkeypatch.delenv(CACHE)
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 0, "g++ 12", ""))
+    with pytest.raises(BuildError, match=f"Could not determine home directory.; set {CACHE} to a folder"):
+        library(source(tmp_path))
+
+
+@needs_compiler
+def test_an_empty_compiler_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", " ")
+    assert library(source(tmp_path)).seven() == 7

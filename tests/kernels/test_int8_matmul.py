@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantsim.kernels import cpu
-from quantsim.kernels.int8_matmul import LARGEST_AFFINE_SUM, LARGEST_SUM, affine_matmul, int8_matmul, int_mm
+from quantsim.kernels.int8_matmul import LARGEST_AFFINE_SUM, LARGEST_SUM, affine_matmul, exact_matmul, int8_matmul, int_mm, scaled_matmul
 
 KERNEL = not cpu.missing_for_int8()
 ENDS = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
@@ -78,3 +78,19 @@ def test_one_term_a_sum_with_the_strides_of_a_transposed_column() -> None:
     assert b.stride() == (1, 1)
     assert (int_mm(a, b) == 15).all()
     assert (int8_matmul(a, b, kernel=True) == 15).all()
+
+
+@pytest.mark.parametrize("kernel", [KERNEL, False], ids=["kernel", "float32"])
+def test_types_and_empty_sums_of_batches(kernel):
+    """A uint8 on the right would be read as int8."""
+    with pytest.raises(ValueError, match=r"a product of torch.uint8 and torch.uint8; expected int8 or uint8, and int8"):
+        int8_matmul(torch.ones(1, 1, 4, dtype=torch.uint8), torch.full((1, 4, 1), 200, dtype=torch.uint8), kernel)
+    found = int8_matmul(torch.zeros(2, 3, 0, dtype=torch.int8), torch.zeros(2, 0, 5, dtype=torch.int8), kernel)
+    assert torch.equal(found, torch.zeros(2, 3, 5, dtype=torch.int32))
+
+
+def test_long_sums_in_floating_point_are_rounded_once():
+    """Of 3000 terms, which no float32 holds on the way: differences of two uint8 numbers, each with a zero point."""
+    a, b = random((4, 3000), torch.uint8), random((3000, 5), torch.uint8, 1)
+    assert torch.equal(exact_matmul(a.float(), b.float()), (a.double() @ b.double()).float())
+    assert torch.equal(scaled_matmul(a, b, 3, 7, 1.0), ((a.double() - 3) @ (b.double() - 7)).float())

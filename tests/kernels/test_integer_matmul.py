@@ -99,6 +99,19 @@ def test_float32_stops_where_it_would_round() -> None:
     assert integer_matmul(a, a.mT, 8, 8).dtype == torch.float64
 
 
+def test_a_lower_precision_of_float32_products_changes_nothing() -> None:
+    """``medium`` multiplies float32 as bf16: 8 bits of a mantissa."""
+    a, b = integers(10, 4, 64, 32), integers(10, 4, 32, 64, seed=1)
+    expected = a.long() @ b.long()
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("medium", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            assert torch.equal(integer_matmul(a, b, 10, 10).long(), expected), precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_digits_are_int8_and_hold_every_integer(bits: int) -> None:
     grid = torch.arange(-limit_of(bits), limit_of(bits) + 1).to(mantissa_dtype(bits))

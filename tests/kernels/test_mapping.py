@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantsim.kernels import mapping
-from quantsim.kernels.mapping import missing_for_mapping, shared_exponent, sum_rows, to_fixed_point, to_fixed_point_by
+from quantsim.kernels.mapping import missing_for_mapping, shared_exponent, sum_scaled_rows, to_fixed_point, to_fixed_point_by
 from quantsim.numerics import fixed_point
 from quantsim.numerics.fixed_point import FixedPointError, power_of_two
 from quantsim.numerics.random_bits import stream_of
@@ -78,7 +78,7 @@ def test_exponents_of_rows_and_columns_are_those_of_the_formula(axis, shape, bit
     assert torch.equal(found.mantissa, expected.mantissa)
     if axis == 0:
         in_float64 = (found.mantissa.double() * power_of_two(found.exponent, torch.float64)).sum(0)
-        torch.testing.assert_close(sum_rows(found), in_float64, rtol=1e-12, atol=float(found.step.max()) * 1e-9)
+        torch.testing.assert_close(sum_scaled_rows(found), in_float64, rtol=1e-12, atol=float(found.step.max()) * 1e-9)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -96,12 +96,41 @@ def test_what_is_not_finite_is_refused_by_name(value: float) -> None:
 def test_exponents_that_are_no_neighbours_in_memory_are_read_as_they_are() -> None:
     q = to_fixed_point_by(0, torch.randn(50, 8), 8)
     strided = torch.stack([q.exponent, q.exponent + 9], dim=1).flatten(1)[:, :1]
-    assert torch.equal(sum_rows(replace(q, exponent=strided)), sum_rows(q))
+    assert torch.equal(sum_scaled_rows(replace(q, exponent=strided)), sum_scaled_rows(q))
 
 
-def test_times_of_the_wrong_axis_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"times: \[3, 1\] for axis 0 of \[3, 4\]"):
-        to_fixed_point_by(0, torch.ones(3, 4), 8, times=torch.ones(3, 1, dtype=torch.int32))
+@pytest.mark.parametrize("by_axis", [to_fixed_point_by, fixed_point.to_fixed_point_by], ids=["kernel", "formula"])
+def test_operands_that_do_not_fit_are_refused(by_axis) -> None:
+    """The kernel would read past them."""
+    x = torch.ones(3, 4)
+    for axis, times in ((0, torch.ones(3, 1, dtype=torch.int32)), (1, torch.ones(1, 4, dtype=torch.int32)), (0, torch.ones(1, 4).long())):
+        with pytest.raises(ValueError, match=r"layer, weight: times \[.*\] of torch.int.* for axis . of \[3, 4\]; expected int32 \["):
+            by_axis(axis, x, 8, times=times, what="layer, weight")
+    with pytest.raises(ValueError, match=r"\[2, 3, 4\], axis 0; expected a matrix, and axis 0 or 1"):
+        by_axis(0, torch.ones(2, 3, 4), 8)
+    with pytest.raises(ValueError, match="axis -1"):
+        by_axis(-1, x, 8)
+
+
+@pytest.mark.parametrize("to_integers", [to_fixed_point_by, fixed_point.to_fixed_point_by], ids=["kernel", "formula"])
+def test_a_product_with_times_that_is_no_float32_is_called_so(to_integers) -> None:
+    x, times = torch.full((2, 3), 1e30), torch.full((1, 3), 66, dtype=torch.int32)
+    with pytest.raises(FixedPointError, match=r"dense, gradient: 6 of 6 values .* multiplied by the powers of two of the other operand"):
+        to_integers(0, x, 8, times=times, what="dense, gradient")
+
+
+def test_sums_of_rows_want_an_exponent_of_each_row() -> None:
+    q = to_fixed_point_by(1, torch.ones(50, 4), 8)
+    with pytest.raises(ValueError, match=r"exponents: \[1, 4\]; expected one of each row, \[50, 1\]"):
+        sum_scaled_rows(q)
+    with pytest.raises(ValueError, match="exponents: one of all"):
+        sum_scaled_rows(to_fixed_point(torch.ones(5, 4), 8))
+
+
+@pytest.mark.parametrize("to_integers", [to_fixed_point, fixed_point.to_fixed_point], ids=["kernel", "formula"])
+def test_what_is_not_finite_is_refused_with_a_given_exponent_too(to_integers) -> None:
+    with pytest.raises(FixedPointError, match="2 of 3 values are NaN or infinite"):
+        to_integers(torch.tensor([torch.nan, torch.inf, 1.0]), 8, exponent=-6)
 
 
 def test_bits_out_of_range_are_refused() -> None:
@@ -116,7 +145,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
         for count in (1, 3):
             torch.set_num_threads(count)
             by_axis = [to_fixed_point_by(axis, x[:99_900].reshape(300, 333), 12, (3, 4)) for axis in (0, 1)]
-            tensors = [to_fixed_point(x, 12, (3, 4)).mantissa, *(q.mantissa for q in by_axis), sum_rows(by_axis[0])]
+            tensors = [to_fixed_point(x, 12, (3, 4)).mantissa, *(q.mantissa for q in by_axis), sum_scaled_rows(by_axis[0])]
             found.append(torch.cat([t.double().flatten() for t in tensors]))
     finally:
         torch.set_num_threads(threads)

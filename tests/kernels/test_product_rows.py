@@ -117,3 +117,11 @@ def test_a_copy_computes_the_same() -> None:
     a, b = integers(torch.int8, 9, 8, seed=1), integers(torch.int8, 8, 4, seed=2)
     module = ProductRows([PUSH, Step(Op.NEG)], (), torch.int32, 0, True)
     assert torch.equal(copy.deepcopy(module)(a, b), -(a.double() @ b.double()).int())
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    module = ProductRows([PUSH], (), torch.int32, 0, True)
+    a = integers(torch.int8, 9, 8, seed=1)
+    for b in (integers(torch.int8, 7, 4, seed=2), integers(torch.uint8, 8, 4, seed=2)):
+        with pytest.raises(ValueError, match=r"product of \[9, 8\] .* and as many columns as rows"):
+            module(a, b)

@@ -160,6 +160,13 @@ def test_narrow_floats_are_quantized_in_float32_and_keep_their_dtype(dtype: torc
     assert torch.equal(out, fake_quantize(x.float(), params).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_integers_of_narrow_floats_are_those_that_are_simulated(dtype: torch.dtype) -> None:
+    x = (40 * torch.randn(2000)).to(dtype)
+    params = params_of(-1.0, 127.0, QuantSpec())
+    assert torch.equal(dequantize(quantize(x, params), params), fake_quantize(x.float(), params))
+
+
 def test_the_input_is_left_alone() -> None:
     x = torch.randn(100)
     before = x.clone()

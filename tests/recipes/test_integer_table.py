@@ -10,7 +10,8 @@ import pytest
 from model_zoo.marked import in_marks
 from model_zoo.results import csv_text
 from recipes import integer_table
-from recipes.integer_table import CSV, DOCUMENT, FIELDS, MARKS, OURS, README, read_rows, row_of, summary, table, with_runs
+from recipes.integer_table import CSV, DOCUMENT, FIELDS, MARKS, OURS, README, row_of, summary, table, with_runs
+from recipes.lines import read_lines
 from recipes.tasks import RecipeError
 
 RUN = {
@@ -28,7 +29,7 @@ def written(folder: Path, **changes: object) -> Path:
 
 
 def test_the_documents_are_what_the_csv_says() -> None:
-    rows = read_rows()
+    rows = read_lines(CSV, FIELDS)
     for path, made in ((DOCUMENT, table(rows)), (README, summary(rows))):
         text = path.read_text(encoding="utf-8")
         assert in_marks(text, MARKS, made) == text
@@ -36,7 +37,7 @@ def test_the_documents_are_what_the_csv_says() -> None:
 
 
 def test_our_figures_are_whole_and_beside_the_published_ones() -> None:
-    for row in read_rows():
+    for row in read_lines(CSV, FIELDS):
         assert row["fp32"]
         assert row["after"]
         if row["source"] == OURS:
@@ -55,7 +56,7 @@ def test_a_row_is_what_a_run_wrote(tmp_path: Path) -> None:
         "1e-06",
         "2026-01-02",
     )
-    assert [r["after"] for r in with_runs(read_rows(), [row]) if r["name"] == "ibert_mrpc"] == ["79.46"]
+    assert [r["after"] for r in with_runs(read_lines(CSV, FIELDS), [row]) if r["name"] == "ibert_mrpc"] == ["79.46"]
 
 
 @pytest.mark.parametrize(

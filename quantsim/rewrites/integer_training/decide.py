@@ -152,6 +152,8 @@ def _takes(form: Form, node: fx.Node) -> bool:
         return not any(node.args[3:])
     if form.kind == "matmul":
         return all(isinstance(x, fx.Node) and x.meta["val"].ndim >= 2 for x in node.args[:2])
+    if form.kind == "convolution" and node.args[0].meta["val"].ndim != node.args[1].meta["val"].ndim:  # type: ignore[union-attr]
+        return False  # no batch
     if form.function is addmm and (not isinstance(node.args[0], fx.Node) or node.args[0].meta["val"].shape != node.meta["val"].shape[-1:]):
         return False  # a bias that is broadcast otherwise than a linear's
     return not node.kwargs  # beta and alpha of addmm

@@ -30,7 +30,7 @@ def embedding(mapper: Mapper, weight: Tensor, ids: Tensor, padding_idx: int = -1
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mapper: Mapper, weight: Tensor, ids: Tensor, padding_idx: int) -> Tensor:
-        found = weight.detach()[ids.reshape(-1)]
+        found = weight.detach().index_select(0, ids.reshape(-1))  # which refuses negative ids, as torch's embedding does
         if mapper.config.exponents == "row":
             rows = mapper.map(found, "weight", axis=0)
         else:

@@ -44,14 +44,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from quantsim.kernels import mapping
+from quantsim.kernels.mapping import sum_scaled_rows
 from quantsim.numerics.fixed_point import FixedPoint, FixedPointError, power_of_two
 from quantsim.numerics.fused import compiled_kernel, fused_kernels_active
 from quantsim.rewrites.integer_training.op import Mapper, keep, kept
 from quantsim.rewrites.integer_training.products import sum_rows
 
 WIDEST = 65536
+COLUMNS = 64  # of the sums that torch's kernel makes at a time
 
 
 def layer_norm(
@@ -96,7 +98,7 @@ class _LayerNorm(torch.autograd.Function):
             dx = _kernel(_input_gradient, n)(g.mantissa, n, gamma.mantissa, total, r, number, _exact_in(q)).reshape(ctx.shape)
         if needs_gamma:
             terms = _kernel(_gamma_terms, n)(g.mantissa, n, total, r, torch.as_tensor(g.step, device=r.device), _exact_in(q))
-            dgamma = terms.sum(0).reshape(ctx.parameter_shape)  # apart: fused, its order of sums would hang on the number of threads
+            dgamma = _sum_of_terms(terms).reshape(ctx.parameter_shape)
         dbeta = _sum_rows(g).reshape(ctx.parameter_shape) if needs_beta else None
         return None, dx, None, dgamma, dbeta, None
 
@@ -143,8 +145,15 @@ def _gamma_terms(g: Tensor, m: Tensor, total: Tensor, r: Tensor, step: Tensor, d
     return g.float() * step * _centred(m, total, dtype) * r.float()
 
 
+def _sum_of_terms(terms: Tensor) -> Tensor:
+    """``[n, N] -> [N]``, in an order that does not hang on the number of threads: not fused, and of whole vectors (torch's threads
+    share out the columns, and the last of them, which fill no vector, are summed in another order)."""
+    width = terms.shape[1]
+    return functional.pad(terms, (0, -width % COLUMNS)).sum(0)[:width]
+
+
 def _sum_rows(g: FixedPoint) -> Tensor:
-    return sum_rows(g) if isinstance(g.exponent, int) else mapping.sum_rows(g).float()
+    return sum_rows(g) if isinstance(g.exponent, int) else sum_scaled_rows(g).float()
 
 
 def _power(exponent: int | Tensor, device: torch.device) -> Tensor:

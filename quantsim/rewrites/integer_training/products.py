@@ -7,9 +7,9 @@ With ``X, W, G`` mapped to integers (``quantsim.numerics.fixed_point``; ``G`` is
     dW = inverse(G_hat.T @ X_hat)                 [out, in]
     db = inverse(sum over rows of G_hat)          [out]
 
-Products and sums are exact; ``inverse`` rounds once to float32, and the bias is added in float32. Backward reads the forward's
-integers. So an element of ``dX`` differs from that of float, for these ``X`` and ``W``, by at most (``u = 2**-24``, steps ``s_G`` and
-``s_W``, rounding less than a step)::
+Products are exact, and the sum over rows; ``inverse`` rounds once to float32, and what follows is added in float32: the bias, and the
+gradients of a factor that was broadcast. Backward reads the forward's integers. So an element of ``dX`` differs from that of float, for
+these ``X`` and ``W``, by at most (``u = 2**-24``, steps ``s_G`` and ``s_W``, rounding less than a step)::
 
     |dX - G @ W| <= sum_k (|G_k| s_W + |W_k| s_G + s_G s_W) + u |dX|
 
@@ -64,8 +64,14 @@ def matmul(mapper: Mapper, a: Tensor, b: Tensor) -> Tensor:
 
 
 def sum_rows(g: FixedPoint) -> Tensor:
-    """``[n, m] -> [m]``, exact until it is mapped back; ``g`` has one exponent, or one for each column."""
+    """``[n, m] -> [m]``, exact until it is mapped back; ``g`` has one exponent, or one for each column.
+
+    Raises:
+        ValueError: exponents of something else.
+    """
     m = g.mantissa
+    if isinstance(g.exponent, Tensor) and g.exponent.shape != (1, m.shape[1]):
+        raise ValueError(f"exponents: {list(g.exponent.shape)}; expected one of each column, [1, {m.shape[1]}]")
     total = m.sum(0, dtype=torch.int64) if m.device.type != "cpu" or missing_for_digits() else sums(m, 0)
     return from_accumulator(total, g.exponent if isinstance(g.exponent, int) else g.exponent.flatten())
 

@@ -65,3 +65,10 @@ def test_a_row_that_nobody_looks_up_counts_too() -> None:
     table[3, 1] = torch.nan
     with pytest.raises(FixedPointError, match=r"layer\.dense, weight: 1 of 8"):
         embedding(mapper(), table, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("exponents", ["row", "tensor"])
+@pytest.mark.parametrize("place", [-1, 5])
+def test_ids_that_are_no_rows_are_refused(place: int, exponents: str) -> None:
+    with pytest.raises(IndexError, match="out of range"):
+        embedding(mapper(exponents=exponents), leaf(5, 4), torch.tensor([0, place]))

@@ -131,3 +131,20 @@ def test_fused_kernels_give_the_same_bits(bits: tuple[int, int, int], exponents:
         found = run()
     assert len(found) == len(expected) == 4
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("width", [36, 100, 130])
+def test_gradients_are_the_same_on_any_number_of_threads(width: int) -> None:
+    """Also where columns fill no vector: torch's own sum over rows would depend on it."""
+    torch.manual_seed(0)
+    x, g, before = torch.randn(1500, width), torch.randn(1500, width), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 8, 16):
+            torch.set_num_threads(count)
+            gamma = torch.ones(width, requires_grad=True)
+            layer_norm(mapper(exponents="row"), x, (width,), gamma).backward(g)
+            found.append(gamma.grad)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
