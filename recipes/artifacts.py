@@ -117,7 +117,7 @@ def _here(card: Card) -> Card:
 def from_card(card: Card, task: Task, base_model: str | None = None) -> Artifact:
     """A card's checkpoint: fetched where it is elsewhere, verified."""
     if card.task != task.name:
-        raise RecipeError(f"{card.path}: is a checkpoint for {card.task}; --model_config asks for {task.name}")
+        raise RecipeError(f"{card.path}: is a checkpoint for {card.task}; expected one for {task.name}")
     card = fetch_files(card)
     verify(card)
     name = card.base_model["name"]
