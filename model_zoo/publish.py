@@ -245,9 +245,13 @@ def publish(card: Card, bundles: Path = BUNDLES) -> Card:
         new, old = Path(staging) / "new", Path(staging) / "old"
         shutil.copytree(card.folder, new)
         write_card(replace(card, where=BUNDLED), new)
-        if final.exists():
-            final.rename(old)
-        new.rename(final)
+        try:
+            if final.exists():
+                final.rename(old)
+            new.rename(final)
+        finally:
+            if old.exists() and not final.exists():
+                old.rename(final)
     return read_card(final)
 
 

@@ -53,15 +53,15 @@ def base_weights_sha256(folder: str) -> str:
         folder: what :func:`base_model_folder` gave.
 
     Raises:
-        FileNotFoundError: no ``model.safetensors`` there.
+        RecipeError: no ``model.safetensors`` there.
     """
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         if Path(folder).is_dir():
-            raise FileNotFoundError(f"{path}: missing; expected a base model's weights as safetensors")
+            raise RecipeError(f"{path}: missing; expected a base model's weights as safetensors")
         cached = cached_file(folder, WEIGHTS)
         if cached is None:
-            raise FileNotFoundError(f"{folder}: the Hub has no {WEIGHTS} for it; give a base model with safetensors weights")
+            raise RecipeError(f"{folder}: the Hub has no {WEIGHTS} for it; give a base model with safetensors weights")
         path = Path(cached)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,9 +24,10 @@ from transformers.utils import logging as transformers_logging
 from model_zoo.cards import Card
 from model_zoo.publish import write_bundle, write_results
 from quantsim import CalibrationError, CheckpointError, ConfigError, TraceError
+from quantsim.cli.command import count
 from recipes.base_model import base_state, load_tokenizer
 from recipes.data import DataError, load_rows, load_sample, rows_sha256
-from recipes.devices import multiplies_bf16
+from recipes.devices import multiplies_bf16, usable_device
 from recipes.hub import go_offline, hub_reachable
 from recipes.low_rank import low_rank_delta, merged
 from recipes.quantized_stages import compare_estimators, quantize, train_quantized
@@ -84,6 +85,7 @@ def prepare(recipe: Recipe, args: argparse.Namespace, *, sample: bool = False, t
         tokenizer: the folder or Hub id of another than the base model's.
         trains: where the device has no kernels for bf16, train in float32 instead, and say so.
     """
+    usable_device(args.device)
     if args.offline:
         go_offline()
     if trains and recipe != recipe.in_float32() and not multiplies_bf16(args.device):
@@ -155,15 +157,15 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every program that follows a recipe."""
-    parser.add_argument("--folds", type=int, default=5, help="into how many folds --fold cuts the training rows")
+    parser.add_argument("--folds", type=count, default=5, help="into how many folds --fold cuts the training rows")
     parser.add_argument("--fold", type=int, help="evaluate on this fold of the training rows and train on the others (to choose settings)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-    parser.add_argument("--eval_batch_size", "--per_device_eval_batch_size", type=int, default=8)
-    parser.add_argument("--max_steps", type=int, help="optimizer steps of each stage, for trials")
-    parser.add_argument("--max_train_rows", "--max_train_samples", type=int, help="of each training set, for trials")
-    parser.add_argument("--max_eval_rows", "--max_eval_samples", type=int, help="for trials")
-    parser.add_argument("--eval_steps", type=int, help="steps between evaluations during training; default none before the end")
-    parser.add_argument("--save_steps", type=int, help="steps between checkpoints; default once an epoch")
+    parser.add_argument("--eval_batch_size", "--per_device_eval_batch_size", type=count, default=8)
+    parser.add_argument("--max_steps", type=count, help="optimizer steps of each stage, for trials; default all")
+    parser.add_argument("--max_train_rows", "--max_train_samples", type=count, help="of each training set, for trials")
+    parser.add_argument("--max_eval_rows", "--max_eval_samples", type=count, help="for trials")
+    parser.add_argument("--eval_steps", type=count, help="steps between evaluations during training; default none before the end")
+    parser.add_argument("--save_steps", type=count, help="steps between checkpoints; default once an epoch")
     parser.add_argument("--offline", action="store_true", help="never ask the Hub")
 
 

@@ -177,13 +177,14 @@ def _is_label(task: Task, label: Any) -> bool:
         return isinstance(label, dict) and bool(label.get("text")) and len(label["text"]) == len(label.get("answer_start") or ())
     if isinstance(label, bool) or not isinstance(label, int | float):
         return False
-    return math.isfinite(label) and label >= 0 if task.regression else label in range(task.num_labels)
+    return math.isfinite(label) and label >= task.least if task.regression else label in range(task.num_labels)
 
 
 def _labels(task: Task) -> str:
     if task.span:
         return "answers with text and answer_start"
-    return "a number from 0" if task.regression else f"an integer from 0 to {task.num_labels - 1}"
+    number = "a number" if math.isinf(task.least) else f"a number from {task.least:g}"
+    return number if task.regression else f"an integer from 0 to {task.num_labels - 1}"
 
 
 def rows_sha256(task: Task, rows: Dataset) -> str:

@@ -87,7 +87,7 @@ def quantize_only(run: Run, start: str | None) -> PreTrainedModel:
     sim = quantize(run, model)
     sim.model.config.quant_mode = True  # type: ignore[union-attr]
     run.measure("quantized", sim.integer_only(run.args.force_dequant).model)
-    if Path(start) == run.folder:
+    if Path(start).resolve() == run.folder.resolve():
         run.say(f"kept aside in {run.folder / FULL_PRECISION}: {', '.join(set_aside(run.folder, MODEL + TRAINER_STATE, FULL_PRECISION))}")
     save(run, sim)
     return model
@@ -106,7 +106,7 @@ def integer(run: Run, start: str | None) -> PreTrainedModel:
     with sim.integer_only_training(run.args.force_dequant):
         train_quantized(run, sim, teacher, key_of("integer-only", run.args.force_dequant, file_sha256(folder / WEIGHTS)))
     measure_integers(run, sim)
-    if folder == run.folder:
+    if folder.resolve() == run.folder.resolve():
         set_aside(run.folder, MODEL, QUANTIZED)
     save(run, sim)
     return teacher

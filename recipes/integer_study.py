@@ -19,6 +19,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from model_zoo.marked import in_marks
+from model_zoo.publish import PARTIAL
 from quantsim.config import near
 from recipes.integer_cells import ABLATIONS, FIELDS, GLUE, TASKS, VARIANTS, VIT, WIDTHS, Variant, measure, metric_of
 from recipes.lines import Row, locked, read_lines, write_lines
@@ -175,6 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise RecipeError(f"{what} {unknown[0]}: expected of {', '.join(known)} (nearest: {near(unknown[0], known, 1)})")
         if rest and not set(args.tasks) & set(GLUE):
             raise RecipeError(f"{rest[0]}: unknown here; flags of integer_finetune.py go with one of {', '.join(GLUE)}")
+        trial = [name for name in PARTIAL if any(word.partition("=")[0] == f"--{name}" for word in rest)]
+        if trial and args.csv.resolve() == CSV:
+            raise RecipeError(f"--{trial[0]}: a trial, and {CSV.name} holds whole runs; name another file by --csv")
         study(args, rest)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)

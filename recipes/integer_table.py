@@ -17,18 +17,17 @@ from typing import Any
 from tabulate import tabulate
 
 from model_zoo.marked import in_marks
+from model_zoo.publish import PARTIAL
 from recipes.lines import Row, read_lines, write_lines
 from recipes.tasks import RecipeError, find_task
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV, DOCUMENT, README = ROOT / "recipes" / "integer_results.csv", ROOT / "docs" / "integers.md", ROOT / "README.md"
 MARKS = "integers"
-SETTINGS = ("lr", "epochs", "seed", "date")
 FIELDS = tuple("name model source task metric rows fp32 before after int8 equal_rows lr epochs seed date".split())
 HEADERS = ("system", "task", "metric", "model, source", "rows", "FP32", "before training", "after", "on int8 kernels")
 SUMMARY = ("task", "FP32", "I-BERT calibrated", "trained", "Q8BERT calibrated", "trained", "on int8 kernels")
 OURS = "measured here"
-PARTIAL = ("fold", "max_steps", "max_train_rows", "max_eval_rows")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -37,7 +37,7 @@ class LowRank(nn.Module):
     def __init__(self, out_features: int, in_features: int, rank: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         if not 0 < rank <= min(out_features, in_features):
-            raise ValueError(
+            raise RecipeError(
                 f"LowRank: rank {rank}; a weight [{out_features}, {in_features}] has ranks 1 to {min(out_features, in_features)}"
             )
         self.up = nn.Parameter(torch.zeros(out_features, rank))
@@ -54,12 +54,12 @@ def add_low_rank(model: PreTrainedModel, rank: int, seed: int = 0) -> None:
     norms, pooler, head) is trained whole.
 
     Raises:
-        ValueError: the model repeats no layers that hold linears.
+        RecipeError: the model repeats no layers that hold linears.
     """
     generator = torch.Generator().manual_seed(seed)
     linears = list(encoder_linears(model))
     if not linears:
-        raise ValueError(f"{type(model).__name__}: no nn.Linear inside repeated layers (an nn.ModuleList); train it with method: full")
+        raise RecipeError(f"{type(model).__name__}: no nn.Linear inside repeated layers (an nn.ModuleList); train it with method: full")
     for linear in linears:
         _attach(linear, LowRank(linear.out_features, linear.in_features, rank, generator))
     _freeze_tables(model)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from model_zoo.cards import Card, find, published, read_card, write_card
+from model_zoo.publish import PARTIAL
 from quantsim import CalibrationError, CheckpointError, ConfigError, TraceError
 from recipes.artifacts import resolve
 from recipes.backends import SIMULATED, on_backend
@@ -53,7 +54,7 @@ def measure_again(name: str, args: argparse.Namespace) -> Card:
     Raises:
         RecipeError: figures on a part of the rows, which a card does not take.
     """
-    partial = [flag for flag in ("fold", "max_train_rows", "max_eval_rows", "max_steps") if getattr(args, flag) is not None]
+    partial = [flag for flag in PARTIAL if getattr(args, flag) is not None]
     if partial:
         raise RecipeError(f"--{partial[0]} {getattr(args, partial[0])}: a card's figures are those of all rows; leave it out")
     found = find(name) if args.checkpoint is None else read_card(args.checkpoint)

@@ -271,6 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for given, known, what in ((args.tasks, TASKS, "--tasks"), (args.methods, METHODS, "--methods")):
             if unknown := [name for name in given if name not in known]:
                 raise RecipeError(f"{what} {unknown[0]}: expected of {', '.join(known)} (nearest: {near(unknown[0], known, 1)})")
+        if args.max_rows is not None and args.split == "validation" and args.output.resolve() == CSV.resolve():
+            raise RecipeError(f"--max_rows {args.max_rows}: a trial, and {CSV.name} is of all rows; name another file by --output")
         if args.offline:
             go_offline()
         run(args)

@@ -30,7 +30,11 @@ def read_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     """
     values = _load(Path(path))
     for name, text in (overrides or {}).items() if values else ():
-        _set(values, name, yaml.safe_load(text))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--{name} {text}: no YAML ({str(error).splitlines()[0]}); put it in quotation marks") from error
+        _set(values, name, value)
     try:
         return build(Recipe, values)
     except RecipeError as error:

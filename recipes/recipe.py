@@ -144,12 +144,12 @@ class Qat(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """``rows`` training rows, drawn by the recipe's seed, in batches of ``batch``; how values become ranges."""
+    """``rows`` training rows, drawn by the recipe's seed, in batches of ``batch``; how values become ranges (``None``: the preset's)."""
 
     rows: int = 64
     batch: int = 16
-    estimator: EstimatorName = "min_max"
-    weight_estimator: EstimatorName = "min_max"
+    estimator: EstimatorName | None = "min_max"
+    weight_estimator: EstimatorName | None = "min_max"
 
     def __post_init__(self) -> None:
         _positive(self, "rows", "batch")
@@ -178,8 +178,8 @@ class Quantization:
         """The preset with the recipe's bits and estimators, or with another estimator of the activations."""
         config, ranges = resolve_config(self.preset), self.calibration
 
-        def changed(spec: QuantSpec | None, bits: int | None, estimator: EstimatorName) -> QuantSpec | None:
-            return spec and replace(spec, bits=bits or spec.bits, estimator=estimator)
+        def changed(spec: QuantSpec | None, bits: int | None, estimator: EstimatorName | None) -> QuantSpec | None:
+            return spec and replace(spec, bits=bits or spec.bits, estimator=estimator or spec.estimator)
 
         return replace(
             config,

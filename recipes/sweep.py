@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metric = find_task(recipe.task).metric
         if len(set(args.seeds)) != len(args.seeds):
             raise RecipeError(f"--seeds {' '.join(map(str, args.seeds))}: expected each once")
+        if "fp32" in rest or "--stage=fp32" in rest:
+            raise RecipeError("--stage fp32: writes no bundle, and a sweep compares those; leave it out")
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

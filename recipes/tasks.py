@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +29,7 @@ class Task:
         num_labels: classes; 1 for regression, 2 (start and end) for spans.
         kind: what the model predicts.
         label: the column with the answer.
+        least: of the numbers of a regression.
         splits: what is evaluated, each reported apart.
         max_length: rows are padded and cut to this many tokens.
         stride: tokens that two windows of one long context share (spans).
@@ -46,6 +48,7 @@ class Task:
     num_labels: int = 2
     kind: Kind = "classification"
     label: str = "label"
+    least: float = -math.inf
     splits: tuple[str, ...] = ("validation",)
     max_length: int = 128
     stride: int = 128
@@ -75,7 +78,7 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("rte", ("sentence1", "sentence2"), ("accuracy",)),
-        Task("stsb", ("sentence1", "sentence2"), ("pearson", "spearman"), num_labels=1, kind="regression"),
+        Task("stsb", ("sentence1", "sentence2"), ("pearson", "spearman"), num_labels=1, kind="regression", least=0),
         Task("mrpc", ("sentence1", "sentence2"), ("f1", "accuracy")),
         Task("cola", ("sentence",), ("matthews",)),
         Task("sst2", ("sentence",), ("accuracy",)),

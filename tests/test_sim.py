@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from quantsim import CalibrationError, QuantConfig, QuantSim, Rule, State
-from tests.tiny import HEADS, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_head, tiny_sim
+from quantsim import CalibrationError, LoweringError, QuantConfig, QuantSim, Rule, State
+from quantsim.sim import resolve_config
+from tests.tiny import HEADS, LABELS, VOCAB, batch_for, tensors_of, tiny_batch, tiny_bert, tiny_head, tiny_sim
 
 UNCLAMPED = QuantConfig(mask_clamp=None, rules=(Rule(op="mask_add", enabled=False),), name="unclamped")
 
@@ -253,3 +256,89 @@ def test_state_dict_carries_ranges_and_states_to_another_simulation() -> None:
     other.model.load_state_dict(sim.model.state_dict())
     assert snapshot(other) == snapshot(sim)
     assert torch.equal(other.model(**batch).logits, sim.model(**batch).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("module", ["bert.embeddings.word_embeddings", "bert.encoder.layer.1.output.dense", "classifier"])
+def test_nan_in_a_weight_is_nan_in_the_outputs(module: str) -> None:
+    """A training that diverged: no integer hides it, and no integers are made of it."""
+    sim, name = tiny_sim(), f"{module}.weight"
+    sim.model.get_parameter(name)[0] = math.nan
+    sim.model.get_parameter(name)[VOCAB // 2 :] = math.nan
+    assert sim.model(**tiny_batch()).logits.isnan().any()
+    with pytest.raises(LoweringError, match=f"{name}: holds numbers that are not finite"):
+        sim.lower()
+    if name.endswith("embeddings.weight"):
+        assert sim.model(**tiny_batch()).logits.isnan().all()
+
+
+@torch.no_grad()
+def test_a_range_that_is_not_finite_is_named() -> None:
+    sim = tiny_sim()
+    name = next(name for name in sim.quantizers if name.startswith("bert.encoder.layer.0.intermediate") and "weight" not in name)
+    sim.quantizers[name].max.fill_(math.nan)
+    assert sim.model(**tiny_batch()).logits.isnan().all()
+    with pytest.raises(LoweringError, match=f"the range of {name}: holds numbers"):
+        sim.lower()
+
+
+def test_an_evaluation_for_inference_leaves_a_simulation_that_trains() -> None:
+    sim = tiny_sim()
+    sim.freeze_ranges()
+    sim.model.eval()
+    with torch.inference_mode():
+        sim.model(**tiny_batch())
+    sim.model.train()
+    sim.model(**tiny_batch(), labels=LABELS).loss.backward()
+    sim.model.eval()
+    for p in sim.model.parameters():
+        p.requires_grad_(p.ndim == 1)
+    with torch.inference_mode():
+        sim.model(**tiny_batch())
+    sim.model(**tiny_batch(), labels=LABELS).loss.backward()
+
+
+def test_a_calibration_leaves_every_module_its_own_mode() -> None:
+    sim = QuantSim(tiny_bert())
+    sim.model.train()
+    sim.model.bert.encoder.eval()
+    sim.compute_encodings([tiny_batch()])
+    assert sim.model.training
+    assert not sim.model.bert.encoder.training
+
+
+def test_inputs_that_are_no_tensors_and_that_the_trace_leaves_out() -> None:
+    sim = QuantSim(tiny_bert())
+    lists = {name: x.tolist() for name, x in tiny_batch().items()}
+    with pytest.raises(
+        CalibrationError, match=r"batch 0: input_ids is a list; expected a tensor \(of a tokenizer by return_tensors='pt'\)"
+    ):
+        sim.compute_encodings([lists])
+    with pytest.warns(UserWarning, match="position_ids: left out of the calibration, for the model was traced with input_ids"):
+        sim.compute_encodings([tiny_batch() | {"position_ids": torch.arange(10)[None], "head_mask": None}])
+
+
+def test_a_folder_of_a_presets_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deploy").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_config("deploy") == QuantConfig.preset("deploy")
+
+
+def test_a_model_in_bf16_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    sim = QuantSim(tiny_bert().bfloat16())
+    sim.compute_encodings([tiny_batch()])
+    sim.save_pretrained(tmp_path)
+    again = QuantSim.from_pretrained(tmp_path)
+    assert again.model.classifier.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(again.model(**tiny_batch()).logits, sim.model(**tiny_batch()).logits)
+
+
+def test_a_trace_with_inputs_of_ones_own_is_made_again(tmp_path: Path) -> None:
+    batch = tiny_batch() | {"position_ids": torch.arange(10)[None].expand(4, 10).contiguous()}
+    sim = QuantSim(tiny_bert(), example_inputs=batch)
+    sim.compute_encodings([batch])
+    sim.save_pretrained(tmp_path)
+    again = QuantSim.from_pretrained(tmp_path, example_inputs=batch)
+    with torch.no_grad():
+        assert torch.equal(again.model(**batch).logits, sim.model(**batch).logits)

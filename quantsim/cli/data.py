@@ -89,7 +89,13 @@ def find_data(
     if args.data is None and task is None:
         raise CommandError("no data: give --data with a file, a folder or a Hub id, or --task with a task of GLUE")
     path = Path(args.data).expanduser() if args.data else None
-    if path is not None and (path.is_file() or path.suffix in FORMATS):
+    is_file = path is not None and (path.is_file() or path.suffix in FORMATS)
+    for flag in ("split", "subset"):
+        if getattr(args, flag) and (is_file or (task and flag == "subset")):
+            what = f"--data {args.data}: is a file" if is_file else f"--task {args.task}: says which subset"
+            raise CommandError(f"{what}, so there is no --{flag} {getattr(args, flag)} to choose; leave it out")
+    if is_file:
+        assert path is not None
         rows, source = _read(path), DataSource(str(path), "dataset", "all rows")
     elif task is not None:
         rows, source = load_rows(task, args.data, args.split or splits[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from quantsim.cli.command import Answer, Command, CommandError, progress
 from quantsim.cli.data import LABELS, VALIDATION, Data, batches, check_vocabulary, data_arguments, find_data, row_length, takes_text
 from quantsim.cli.fidelity import nearness
 from quantsim.cli.models import Source, find_source
-from quantsim.cli.scoring import QUESTION_COLUMNS, asks, label_column, own_task, with_class_numbers
+from quantsim.cli.scoring import ANSWERS, QUESTION_COLUMNS, asks, label_column, own_task, with_class_numbers
 from quantsim.config import near
 
 if TYPE_CHECKING:
@@ -59,11 +59,9 @@ def run(args: argparse.Namespace) -> Answer:
     tokenizer = source.usual_tokenizer(args.tokenizer)
     for contestant in contestants:
         check_vocabulary(contestant.name, tokenizer, contestant.head)
+    task = _task(args)
     if args.unlabelled:
-        return _compare(contestants, _rows(args, None, head), tokenizer, source, args, device)
-    from recipes.tasks import find_task
-
-    task = find_task(args.task) if args.task else None
+        return _compare(contestants, _rows(args, task, head), tokenizer, source, args, device)
     return _score(contestants, _rows(args, task, head), task, tokenizer, source, args, device)
 
 
@@ -105,6 +103,16 @@ def _other(source: Source, first: Contestant, against: str) -> Contestant:
     return other
 
 
+def _task(args: argparse.Namespace) -> Task | None:
+    """What ``--task`` names, on the columns that are named."""
+    from recipes.tasks import find_task
+
+    if not args.task:
+        return None
+    task = find_task(args.task)
+    return replace(task, columns=tuple(args.columns or task.columns), label=args.label or task.label)
+
+
 def _rows(args: argparse.Namespace, task: Task | None, head: PreTrainedModel) -> Data:
     splits = task.splits if task else VALIDATION
     usual = QUESTION_COLUMNS if asks(head) else ()
@@ -130,7 +138,7 @@ def _score(
 
     head = contestants[0].head
     if task is None:
-        label = "answers" if asks(head) and not args.label else label_column(args.label, data)
+        label = ANSWERS if asks(head) and not args.label else label_column(args.label, data)
         task = own_task(head, data.columns, label)
     rows = data.rows if task.span else with_class_numbers(data.rows, task.label, head.config, data.source)
     check_rows(task, rows, data.source)

@@ -55,11 +55,11 @@ def nearness(
     for batch in batches:
         inputs = {name: x.to(device) for name, x in batch.items() if name in known}
         expected, actual = reference(**inputs), model(**inputs)
+        ids = next(iter(batch.values()))
+        seen = batch.get("attention_mask", torch.ones_like(ids)).to(device).bool()  # whether the model takes a mask or not
         for name, x in expected.items():
             if isinstance(x, Tensor) and name in actual:
-                _add(
-                    found.setdefault(name, Nearness()), name, x.float(), actual[name].to(x.device).float(), inputs["attention_mask"].bool()
-                )
+                _add(found.setdefault(name, Nearness()), name, x.float(), actual[name].to(x.device).float(), seen)
     return found
 
 

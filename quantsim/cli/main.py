@@ -41,6 +41,7 @@ USERS = (
     quantsim.CheckpointError,
     quantsim.ConfigError,
     quantsim.EncodingsError,
+    quantsim.IntegerError,
     quantsim.LoweringError,
     quantsim.OnnxError,
     quantsim.ReportError,

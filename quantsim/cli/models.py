@@ -116,8 +116,10 @@ def _card(text: str) -> Source:
         from model_zoo.cards import find, read_card
         from recipes.artifacts import resolve
         from recipes.tasks import find_task
-    card = read_card(text) if Path(text).is_dir() else find(text)
-    artifact = resolve(card.name, text, find_task(card.task))
+    folder = Path(text).expanduser()
+    is_folder = folder.is_dir()
+    card = read_card(folder) if is_folder else find(text)
+    artifact = resolve(card.name, str(folder) if is_folder else text, find_task(card.task))
 
     def tokenizer() -> PreTrainedTokenizerBase:
         return load_tokenizer(artifact.tokenizer_source)

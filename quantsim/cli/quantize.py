@@ -37,8 +37,8 @@ def calibration_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     estimator = one_of("estimator", ESTIMATORS)
     names = ", ".join(ESTIMATORS)
-    group.add_argument("--estimator", type=estimator, default="min_max", metavar="NAME", help=f"of activations: {names} (default min_max)")
-    group.add_argument("--weight-estimator", type=estimator, default="min_max", metavar="NAME", help="of weights (default min_max)")
+    group.add_argument("--estimator", type=estimator, metavar="NAME", help=f"of activations: {names} (default: the preset's)")
+    group.add_argument("--weight-estimator", type=estimator, metavar="NAME", help="of weights (default: the preset's)")
     group.add_argument("--seed", type=int, default=1000, metavar="N", help="draws the rows (default 1000, the recipes')")
 
 
@@ -50,9 +50,7 @@ def config_of(args: argparse.Namespace) -> QuantConfig:
     """
     from recipes.recipe import Calibration, Quantization
 
-    calibration = Calibration(
-        estimator=getattr(args, "estimator", "min_max"), weight_estimator=getattr(args, "weight_estimator", "min_max")
-    )
+    calibration = Calibration(estimator=getattr(args, "estimator", None), weight_estimator=getattr(args, "weight_estimator", None))
     return Quantization(
         preset=args.preset, weight_bits=args.weight_bits, activation_bits=args.activation_bits, calibration=calibration
     ).config()

@@ -11,13 +11,17 @@ from quantsim.cli.data import batches, check_vocabulary, data_arguments, row_len
 from quantsim.cli.models import find_source
 from quantsim.cli.output import check_output
 from quantsim.cli.quantize import calibrated, calibration_arguments, calibration_data, config_arguments, config_of
+from quantsim.report.analysis import is_analysis
 
 RESULTS = ".json"
 
 
 def run(args: argparse.Namespace) -> Answer:
     results = args.output.with_suffix(RESULTS)
-    check_output(args.output, args.overwrite or results.is_file(), folder=False)  # a page with its results beside it is gone on with
+    kept = is_analysis(results)  # a page with its results beside it is gone on with
+    check_output(args.output, args.overwrite or kept, folder=False)
+    if results.exists() and not kept:
+        raise CommandError(f"--output {args.output}: its results would replace {results}, which is no analysis; give another path")
     config = config_of(args)
     source = find_source(args.model)
     data = calibration_data(args)

@@ -36,7 +36,7 @@ def own_task(model: nn.Module, columns: tuple[str, ...], label: str) -> Task:
     name = type(model).__name__
     if asks(model):
         both = columns if len(columns) == 2 else QUESTION_COLUMNS
-        return Task(name, both, ("f1", "exact_match"), kind="span", label=ANSWERS, max_length=QUESTION_LENGTH)
+        return Task(name, both, ("f1", "exact_match"), kind="span", label=label, max_length=QUESTION_LENGTH)
     if name not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         raise CommandError(
             f"{name}: only heads of sequence classification, regression and question answering are scored; "

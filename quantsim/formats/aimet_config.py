@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from quantsim.config import ConfigError, QuantConfig, QuantSpec, Rule, near
 
+OUTPUT, SYMMETRIC, PER_CHANNEL = "is_output_quantized", "is_symmetric", "per_channel_quantization"
+PARAM: dict[str, Any] = {"is_quantized": {}, "is_symmetric": {}}
+KNOWN: dict[str, Any] = {  # what is read, key by key
+    "defaults": {"ops": {OUTPUT: {}, SYMMETRIC: {}}, "params": PARAM, PER_CHANNEL: {}, "strict_symmetric": {}, "unsigned_symmetric": {}},
+    "params": {"weight": PARAM, "bias": PARAM},
+    "op_type": {OUTPUT: {}, SYMMETRIC: {}, PER_CHANNEL: {}, "params": {"weight": PARAM, "bias": PARAM}},  # of each op
+    "model_input": {"is_input_quantized": {}},
+    "model_output": {},
+}
 SECTIONS = {"defaults", "params", "op_type", "supergroups", "model_input", "model_output"}
 
 OPS: dict[str, tuple[str, ...]] = {  # AIMET's (ONNX's) name → ours; ops that keep their input's grid have no quantizer to set
@@ -67,13 +76,19 @@ def is_aimet_config(path: str | Path) -> bool:
 def read_aimet_config(path: str | Path) -> QuantConfig:
     """The same policy as a :class:`QuantConfig`; the mask clamp, which AIMET's file cannot say, is −6.
 
+    A key that changes nothing here is named in a warning.
+
     Raises:
         ConfigError: an unknown section, an ``op_type`` of the supergroups that is not known here, a value that is no boolean.
     """
     values = json.loads(Path(path).read_text())
     if unknown := set(values) - SECTIONS:
         raise ConfigError(f"{path}: unknown section {sorted(unknown)}; AIMET's are {', '.join(sorted(SECTIONS))}")
+    _warn_of_unread(path, values)
     defaults = _section(path, values, "defaults")
+    for name in ("strict_symmetric", "unsigned_symmetric"):
+        if _bool(path, defaults, name, False):
+            _warn(path, f"defaults.{name} is True", "a symmetric grid here has signed integers, one more of them below zero")
     params, ops = _section(path, defaults, "params"), _section(path, defaults, "ops")
     symmetric_weights = _bool(path, params, "is_symmetric", False)
     per_channel = _bool(path, defaults, "per_channel_quantization", False)
@@ -100,6 +115,27 @@ def read_aimet_config(path: str | Path) -> QuantConfig:
         rules=tuple(rules),
         name=Path(path).stem,
     )
+
+
+def _warn_of_unread(path: str | Path, values: Mapping[str, Any]) -> None:
+    for section, known in KNOWN.items():
+        given = values.get(section, {})
+        for name, inside in given.items() if section == "op_type" and isinstance(given, Mapping) else [("", given)]:
+            for key, nearest in _unread(inside, known):
+                _warn(path, ".".join(filter(None, (section, name, key))), f"nearest: {nearest}" if nearest else "")
+
+
+def _unread(given: Any, known: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys that nobody reads, dotted, and the nearest that somebody does."""
+    for key, inside in given.items() if isinstance(given, Mapping) else ():
+        if key not in known:
+            yield key, near(key, known, 1) if known else ""
+        else:
+            yield from ((f"{key}.{deeper}", nearest) for deeper, nearest in _unread(inside, known[key]))
+
+
+def _warn(path: str | Path, what: str, note: str) -> None:
+    warnings.warn(f"{path}: {what} changes nothing here" + (f" ({note})" if note else ""), stacklevel=4)
 
 
 def _op_rules(path: str | Path, op: str, section: Mapping[str, Any]) -> list[Rule]:

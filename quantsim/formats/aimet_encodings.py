@@ -24,6 +24,7 @@ from quantsim.graph.place import UNSCALED, Placement
 from quantsim.numerics.affine import affine_params
 from quantsim.numerics.exact_range import exact_range
 from quantsim.quantizers.fake_quantizer import CalibrationError, FakeQuantizer, State
+from quantsim.quantizers.following import moves_with_tensors
 
 AS_INPUTS = frozenset({"add", "cat", "div", "mul"})
 """Ops without a module whose outputs AIMET quantizes where a module reads them (its ``_is_elementwise_functional``)."""
@@ -35,6 +36,7 @@ NO_MODULE = "no module of its own: the edge of an op between modules"
 CALLED_TWICE = "its module is called more than once, and AIMET has one quantizer for all calls"
 GROUPS = "its channels share ranges in groups, which no AIMET file has a place for"
 NOT_CALIBRATED = "not calibrated, or switched off"
+DYNAMIC = "its range is each tensor's own (dynamic); a file holds ranges that are known"
 
 
 class EncodingsError(ValueError):
@@ -88,7 +90,7 @@ def write_aimet_encodings(
     if path.is_dir():
         raise EncodingsError(f"{path}: is a folder; expected the path of a file")
     fields = _fields(version, model, placements, tensor_names)
-    calibrated = {name: q for name, q in quantizers.items() if q.calibrated}
+    calibrated = {name: q for name, q in quantizers.items() if q.calibrated and not moves_with_tensors(q)}
     if not calibrated:
         raise EncodingsError(f"{path}: none of {len(quantizers)} quantizers has a range; call compute_encodings first")
     if estimating := [name for name, q in quantizers.items() if q.state is State.ESTIMATING]:
@@ -101,7 +103,8 @@ def write_aimet_encodings(
         encoding = Encoding(quantizer.spec.bits, quantizer.spec.symmetric, scale, zero_point, axes[name])
         encodings |= dict.fromkeys(fields.of.get(name, ()), encoding)
     _write(path, json.dumps(LAYOUTS[version].dump(encodings), indent=1, allow_nan=False) + "\n")
-    left_out = {name: NOT_CALIBRATED for name in quantizers if name not in calibrated} | dict(fields.left_out)
+    left_out = {name: DYNAMIC if moves_with_tensors(q) else NOT_CALIBRATED for name, q in quantizers.items() if name not in calibrated}
+    left_out |= dict(fields.left_out)
     return {name: left_out[name] for name in quantizers if name in left_out}
 
 

@@ -312,7 +312,9 @@ def _build_model(path: Path, architecture: str, values: Mapping[str, Any]) -> nn
             raise CheckpointError(f"{path}: model_type is {values['model_type']!r}; {architecture} has {config_class.model_type!r}")
         own = {name: value for name, value in values.items() if name != "quantization_config"}
         with torch.random.fork_rng(devices=[]):  # initial values are replaced; the caller's random state stays
-            return cls(config_class.from_dict(own))
+            model: nn.Module = cls(config_class.from_dict(own))
+        dtype = getattr(torch, str(own.get("dtype")), None)
+        return model.to(dtype) if isinstance(dtype, torch.dtype) else model
     except CheckpointError:
         raise
     except Exception as error:  # whatever a model raises on sizes that mean nothing

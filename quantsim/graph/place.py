@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from tabulate import tabulate
+import torch
 from torch import Tensor, fx
 
 from quantsim.config import ConfigError, QuantConfig, QuantSpec, Role, Rule, near
@@ -32,6 +32,7 @@ class Placement:
         op, role: what rules match.
         spec: ``None`` leaves the edge in floating point.
         reason: why it does.
+        usual: the spec that a rule gives it which switches it on again; ``None``: the config's.
         attention: what ``Roles`` finds of the node, in an attention or of the residual stream; rules match it as they do ``op``.
     """
 
@@ -45,15 +46,18 @@ class Placement:
     attention: str | None = None
     weight: fx.Node | None = None
     readers: tuple[str, ...] = ()
+    usual: QuantSpec | None = None
 
 
 def place(graph: fx.GraphModule, config: QuantConfig, roles: Roles | None = None) -> list[Placement]:
     """Every floating-point edge that computes something, in the order of the graph: quantized, or not and why.
 
     Raises:
-        ConfigError: a rule that is not optional matches nothing; the message names the nearest edges.
+        ConfigError: a rule that is not optional matches nothing, or there is no op of a name in ``activations_before`` or
+            ``supergroups``; the message names the nearest.
     """
     roles = roles or Roles(graph)
+    _check_ops(config, roles)
     placements = _inside_supergroups(list(_candidates(roles, config)), roles, config)
     matched: set[Rule] = set()
     decided = [_decide(p, config, matched) for p in placements]
@@ -63,10 +67,13 @@ def place(graph: fx.GraphModule, config: QuantConfig, roles: Roles | None = None
     return _one_spec_per_weight(decided)
 
 
-def placement_table(placements: Iterable[Placement]) -> str:
-    """The list as text: one line an edge."""
-    rows = [(p.name, p.op, p.role, str(p.spec) if p.spec else "-", p.reason) for p in placements]
-    return tabulate(rows, headers=("edge", "op", "role", "quantizer", "reason"))
+def _check_ops(config: QuantConfig, roles: Roles) -> None:
+    """Names of no op, of the graph or of torch, are mistyped."""
+    there = set(roles.op.values())
+    for field, names in (("activations_before", config.activations_before), *(("supergroups", group) for group in config.supergroups)):
+        for name in names:
+            if name not in there and not hasattr(torch.ops.aten, name):
+                raise ConfigError(f"{field}: {name!r} is no op; the nearest of the graph are {near(name, there)}")
 
 
 def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
@@ -84,9 +91,10 @@ def _candidates(roles: Roles, config: QuantConfig) -> Iterable[Placement]:
             spec, reason = config.weights, "" if config.weights else "weights are left as they are"
             if spec is not None and spec.axis is not None:  # a vector has one range: a range for each number would quantize nothing
                 spec = replace(spec, axis=e.axis)
+            usual = spec or replace(QuantSpec(), axis=None)
             if spec is not None and op in AT_OUTPUT:
                 spec, reason = None, f"quantized with the output of {op}"
-            yield Placement(e.node, e.index, e.name, e.op, "weight", spec, reason, weight=e.weight)
+            yield Placement(e.node, e.index, e.name, e.op, "weight", spec, reason, weight=e.weight, usual=usual)
         if node in roles.name and node not in in_weights:
             spec, reason = config.activations, "" if config.activations else "activations are left as they are"
             readers: tuple[str, ...] = config.activations_before if config.float_elsewhere else ()
@@ -122,7 +130,7 @@ def _inside_supergroups(placements: list[Placement], roles: Roles, config: Quant
 
 
 def _decide(placement: Placement, config: QuantConfig, matched: set[Rule]) -> Placement:
-    spec, reason, readers = placement.spec, placement.reason, placement.readers
+    spec, reason, readers, usual = placement.spec, placement.reason, placement.readers, placement.usual
     if reason in (FROM_IDS, UNSCALED):
         return placement
     for rule in config.rules:
@@ -132,8 +140,10 @@ def _decide(placement: Placement, config: QuantConfig, matched: set[Rule]) -> Pl
         if rule.enabled is False:
             spec, reason = None, rule.reason or f"off by {rule}"
         elif rule.enabled is True and spec is None:
-            spec, reason = (config.weights if placement.role == "weight" else config.activations) or QuantSpec(), ""
+            spec, reason = usual or config.activations or QuantSpec(), ""
             readers = ()
+        if usual is not None:  # what rules set stays, whether the edge is on at that time or not
+            usual = rule.apply(usual)
         if spec is not None:
             spec = rule.apply(spec)
     if spec is not None and spec.axis is not None:
@@ -176,9 +186,13 @@ def _nearest(rule: Rule, placements: Sequence[Placement]) -> str:
 
 
 def _one_spec_per_weight(placements: list[Placement]) -> list[Placement]:
-    """A parameter that is used twice (a tied decoder) has one quantizer: the finest of those asked for."""
-    finest: dict[str, QuantSpec] = {}
+    """A parameter that is used twice (a tied decoder) has one quantizer: of channels where one asks for them, with the most bits."""
+    asked: dict[str, list[QuantSpec]] = {}
     for p in placements:
-        if p.role == "weight" and p.spec is not None and (p.name not in finest or finest[p.name].axis is None):
-            finest[p.name] = p.spec
+        if p.role == "weight" and p.spec is not None:
+            asked.setdefault(p.name, []).append(p.spec)
+    finest = {
+        name: replace(next((spec for spec in specs if spec.axis is not None), specs[0]), bits=max(spec.bits for spec in specs))
+        for name, specs in asked.items()
+    }
     return [replace(p, spec=finest[p.name]) if p.role == "weight" and p.spec is not None else p for p in placements]

@@ -17,6 +17,7 @@ from quantsim.formats.checkpoint import Checkpoint, contents, read_checkpoint
 from quantsim.formats.description import METHOD, CheckpointError
 from quantsim.graph.forward import run_on_itself
 from quantsim.hf.config import QuantSimConfig
+from quantsim.rewrites.scale_channels import unfold
 from quantsim.sim import QuantSim
 
 OURS = ("save_pretrained", "activation_checkpointing_enable", "gradient_checkpointing_enable", "supports_gradient_checkpointing")
@@ -81,7 +82,7 @@ class QuantSimQuantizer(HfQuantizer):
         if self.pre_quantized:
             checkpoint, values = self.__dict__.pop("_checkpoint")
             _put(model, values)
-            sim = QuantSim(model, checkpoint.config, in_place=True)
+            sim = QuantSim(model, checkpoint.config, self.quantization_config.example_inputs, in_place=True)
             checkpoint.load_added(sim.model, sim.quantizers)
         else:
             given = self.quantization_config
@@ -103,6 +104,7 @@ class QuantSimQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model that was simulated, with the weights that it has now and no quantizers."""
+        unfold(self.sim.graph)
         run_on_itself(model)
         for name in OURS:
             model.__dict__.pop(name)

@@ -25,7 +25,7 @@ def sqnr_db(signal: float, noise: float) -> float:
     """
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return 10 * math.log10(signal / noise) if signal / noise else -math.inf
 
 
 @dataclass(frozen=True)

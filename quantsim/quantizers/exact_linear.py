@@ -11,7 +11,7 @@ from quantsim.config import QuantSpec
 from quantsim.kernels.cpu import missing_for_int8
 from quantsim.kernels.edges import Grid, to_integers
 from quantsim.kernels.int8_linear import Int8Linear
-from quantsim.quantizers.exact_op import ExactOp
+from quantsim.quantizers.exact_op import ExactOp, is_finite
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 
 
@@ -36,24 +36,31 @@ class ExactLinear(ExactOp):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` → ``[..., out]``."""
-        if not (self.exact(x, weight) and fits_int8(*self.quantizers) and x.ndim > 1):
+        product = None
+        if weight.dtype == torch.float32 and self.exact(x) and fits_int8(*self.quantizers) and x.ndim > 1:
+            with torch.no_grad():
+                product = self._product(weight, None if bias is None else bias.detach())
+        if product is None:
             self._packed = None
             return self.in_float(x, weight, bias)
-        with torch.no_grad():
-            product = self._product(weight, None if bias is None else bias.detach())
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
             return _Product.apply(x, weight, bias, product)  # type: ignore[no-any-return, no-untyped-call]
         return multiply(product, x)
 
-    def _product(self, weight: Tensor, bias: Tensor | None) -> Int8Linear:
-        """The weight packed, once for as long as its quantizer gives the same tensor."""
+    def _product(self, weight: Tensor, bias: Tensor | None) -> Int8Linear | None:
+        """The weight packed, once for as long as its quantizer gives the same tensor; ``None`` where it or a range is not finite."""
         inputs, weights = self.quantizers
-        grid = Grid.of(inputs.affine_params())
+        params = inputs.affine_params()
+        if not is_finite(params.scale):
+            return None
+        grid = Grid.of(params)
         if self._packed is not None and self._packed[0] is weight:
             product = self._packed[1]
             product.grid, product.bias = grid, bias
             return product
         scale = weights.affine_params().scale
+        if not (is_finite(weight) and is_finite(scale)):
+            return None
         integers = (weight / scale.reshape(-1, 1)).round().to(torch.int8)
         product = Int8Linear(integers, scale, bias, grid, not missing_for_int8(weight.device), weights.name)
         self._packed = None if weight.requires_grad else (weight, product)  # one with a gradient is made anew for each call

@@ -15,7 +15,7 @@ class ExactOp(nn.Module):
 
     In evaluation its sums run over integers or in float64, so they do not depend on the number of threads, the batch or the library, and
     are to the bit those of the lowered model. In training, under autocast or ``torch.compile``, in other types than float32,
-    and while a quantizer is off it is the floating-point op.
+    while a quantizer is off, and of values that are not finite it is the floating-point op, which passes NaN on.
 
     Args:
         quantizers: those on whose grids the inputs of ``forward`` lie; they stay the graph's own.
@@ -39,12 +39,17 @@ class ExactOp(nn.Module):
             return False
         if any(other.dtype != torch.float32 for other in inputs) or not x.numel():
             return False
-        return all(quantizer.calibrated for quantizer in self.quantizers)
+        return all(quantizer.calibrated for quantizer in self.quantizers) and all(is_finite(other) for other in inputs)
 
     def in_float(self, *args: Any) -> Tensor:
         """The floating-point op."""
         y: Tensor = self.aten(*args)
         return y
+
+
+def is_finite(x: Tensor) -> bool:
+    """No NaN and no infinity: by the sum, one pass (of magnitudes that add up to less than a float32's largest)."""
+    return bool(x.detach().sum().isfinite())
 
 
 def fits(quantizer: FakeQuantizer) -> bool:

@@ -139,6 +139,7 @@ class FakeQuantizer(nn.Module):
         """The ranges of the groups, ``[C] -> [G]``: each holds those of its channels."""
         if self.group_of is None:
             return low, high
+        low, high = low.to(self.group_of.device), high.to(self.group_of.device)
         if self.spec.group_by == "range":
             rank = (high - low).argsort(stable=True).argsort()  # [C], of each channel by its width
             self.group_of.copy_(equal_groups(len(low), len(self.min)).to(rank.device)[rank])
@@ -175,7 +176,7 @@ class FakeQuantizer(nn.Module):
             return self._affine(self.min.detach(), self.max.detach())
         key = tuple(fingerprint(x) for x in self.range_tensors().values())
         if self._frozen is None or self._frozen[0] != key:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # a tensor of inference could not be trained with later
                 self._frozen = (key, self._affine(self.min.detach(), self.max.detach()))
         return self._frozen[1]
 
@@ -196,7 +197,7 @@ class FakeQuantizer(nn.Module):
             return straight_through(x, fake_quantize(x.detach(), params))
         if fused_kernels_active() and torch.is_grad_enabled() and (x.requires_grad or params.scale.requires_grad):
             return fused_fake_quantize(x, params)
-        return fake_quantize(x, params, self.overwrites)
+        return fake_quantize(x, params, self.overwrites and not isinstance(x, nn.Parameter))
 
     def _lsq_params(self, x: Tensor) -> AffineParams:
         """:meth:`affine_params` with LSQ's gradient scale."""
@@ -239,7 +240,8 @@ class WeightQuantizer(FakeQuantizer):
             return super().forward(x)
         key = (fingerprint(x), fingerprint(self.min), fingerprint(self.max))
         if self._quantized is None or self._quantized[0] != key:
-            self._quantized = (key, super().forward(x).detach())
+            with torch.inference_mode(False), torch.no_grad():
+                self._quantized = (key, super().forward(x).detach())
         return self._quantized[1]
 
     def train(self, mode: bool = True) -> WeightQuantizer:
@@ -279,6 +281,6 @@ def fingerprint(x: Tensor) -> tuple[object, ...]:
     through ``.data``, which autograd cannot see (one that is lost in the rounding of a float32 sum goes unnoticed).
     """
     if x.numel() == 1:
-        return (x.item(),)
+        return x.dtype, x.device, x.item()
     version = None if x.is_inference() else x._version
     return x.data_ptr(), version, x.detach().sum().item()

@@ -46,6 +46,9 @@ class FollowingQuantizer(FakeQuantizer):
         """Whether this pass moves the range."""
         return self.training or (self.spec.follow == "dynamic" and self.state is State.FOLLOWING)
 
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        super().set_range(*_symmetric(low, high) if self.spec.symmetric else (low, high))
+
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         if self.state is State.WAITING and self.spec.start_step and self.steps < self.spec.start_step:
@@ -81,17 +84,20 @@ class DynamicIntegers(nn.Module):
 
 
 def moves_with_tensors(quantizer: FakeQuantizer) -> bool:
-    """In evaluation its range is that of each tensor which passes."""
-    return quantizer.spec.follow == "dynamic" and quantizer.state is State.FOLLOWING
+    """In evaluation its range is that of each tensor which passes; a weight's is not."""
+    of_values = not isinstance(quantizer, WeightQuantizer)
+    return of_values and quantizer.spec.follow == "dynamic" and quantizer.state is State.FOLLOWING
 
 
 def range_of(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """The ends of the tensor's own range, ``[]`` or ``[C]`` along ``spec.axis``: ``[-m, m]`` for a symmetric grid."""
     low, high = min_max(x, spec.axis)
-    if spec.symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    return low, high
+    return _symmetric(low, high) if spec.symmetric else (low, high)
+
+
+def _symmetric(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    high = torch.maximum(high, -low)
+    return -high, high
 
 
 class FollowingWeightQuantizer(FollowingQuantizer, WeightQuantizer):

@@ -25,6 +25,19 @@ def quantizer_before_moves(node: object, graph: fx.GraphModule) -> FakeQuantizer
     return quantizer_of(node, graph)
 
 
+def not_finite(graph: fx.GraphModule) -> str:
+    """The name of the first parameter or range with NaN or infinity in it, and how many; empty where there is none."""
+    for name, x in [*graph.named_parameters(), *graph.named_buffers()]:
+        if x.is_floating_point() and (count := x.numel() - int(x.isfinite().sum())):
+            quantizer = graph.get_submodule(name.rpartition(".")[0])
+            if isinstance(quantizer, FakeQuantizer):
+                if not quantizer.calibrated:
+                    continue
+                name = f"the range of {quantizer.name}"
+            return f"{name}: holds numbers that are not finite ({count} of {x.numel()})"
+    return ""
+
+
 def own_parameter(node: object, graph: fx.GraphModule) -> nn.Parameter | None:
     """The parameter that the node gives, past its quantizer, if it is one that no other node of the graph reads."""
     if isinstance(quantizer_of(node, graph), WeightQuantizer):

@@ -124,7 +124,7 @@ class Analysis:
             raise ReportError(f"{path}: cannot be read ({error.strerror}); expected the .json beside an earlier report") from error
         except (ValueError, RecursionError) as error:
             raise ReportError(f"{path}: no JSON ({error}); expected the .json beside an earlier report") from error
-        if not isinstance(document, dict) or {"format", "sha256", "analysis"} - set(document):
+        if not _is_document(document):
             raise ReportError(f"{path}: expected an object with format, sha256 and analysis, as it stands beside an earlier report")
         if document["format"] != FORMAT:
             raise ReportError(f"{path}: format {document['format']!r}; this version reads format {FORMAT}")
@@ -151,6 +151,22 @@ class Analysis:
             sensitivity={mode: {name: float(score) for name, score in values["sensitivity"][mode].items()} for mode in MODES},
             complete=values["complete"],
         )
+
+
+def is_analysis(path: Path) -> bool:
+    """Whether :meth:`Analysis.write` wrote the file, in whatever version, or began to."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    try:
+        return _is_document(json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_document(document: object) -> bool:
+    return isinstance(document, dict) and {"format", "sha256", "analysis"} <= set(document)
 
 
 def write_whole(path: Path, text: str) -> None:

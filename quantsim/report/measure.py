@@ -23,7 +23,7 @@ from tqdm import tqdm
 from quantsim.config import QuantConfig
 from quantsim.graph.place import Placement
 from quantsim.quantizers.fake_quantizer import FakeQuantizer
-from quantsim.report.analysis import FORMAT, MODES, Analysis, ReportError, Seen, Subject
+from quantsim.report.analysis import FORMAT, MODES, Analysis, ReportError, Seen, Subject, is_analysis
 from quantsim.report.coverage import covered_edges, inherited, summary
 from quantsim.report.sensitivity import Metric, estimate_seconds, outputs_noise, outputs_sqnr, sensitivity
 from quantsim.report.statistics import activation_statistics, weight_statistics
@@ -52,6 +52,7 @@ class Measurement:
         simulation: what to measure; nothing of it is changed.
         batches: of :func:`take_rows`.
         store: the JSON file that keeps the results. Results in it that have this fingerprint are gone on with, others replaced.
+            A file that holds no results is refused.
         metric: what sensitivity is measured by; ``None`` is the SQNR of the outputs.
         sensitivity_rows: how many rows it sees; 0 leaves it out.
         title: the page's.
@@ -196,10 +197,18 @@ def _code(code: CodeType) -> list[Any]:
 
 
 def _kept(store: Path, key: str, title: str) -> Analysis | None:
-    """The results in the file, where they are of this very analysis, under the title of now."""
+    """The results in the file, where they are of this very analysis, under the title of now.
+
+    Raises:
+        ReportError: the file is no analysis: somebody's data, perhaps.
+    """
+    if not store.exists():
+        return None
+    if not is_analysis(store):
+        raise ReportError(f"{store}: is no analysis, and would be replaced by one; give the page another name, or move the file away")
     try:
         analysis = Analysis.read(store)
-    except ReportError:
+    except ReportError:  # of another version, or damaged
         return None
     if analysis.fingerprint != key:
         return None

@@ -114,6 +114,14 @@ def fold(graph: fx.GraphModule, stream: Stream, scale: Tensor) -> None:
         resolve(graph, f"{UNSCALE}{stream.name}.scale").mul_(scale)  # type: ignore[attr-defined]
 
 
+def unfold(graph: fx.GraphModule) -> None:
+    """Give the weights back what they were divided by, of streams that keep a product: without these products they are the model then."""
+    for stream in find_streams(graph):
+        if stream.unscaled and UNSCALE.rstrip(".") in dict(graph.named_children()):
+            scale: Tensor = resolve(graph, f"{UNSCALE}{stream.name}.scale")  # type: ignore[assignment]
+            fold(graph, stream, 1 / scale)  # powers of two: exact
+
+
 def read_columns(graph: fx.GraphModule, stream: Stream) -> Tensor:
     """The largest magnitude in each column of the weights that read the stream, ``[C]``; ones where none does."""
     weights: list[Tensor] = [_parameter(graph, node, 1) for node in stream.reading]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.utils.generic import find_labels
 
 from quantsim.config import QuantConfig
 from quantsim.post_training.bits import search_bits
@@ -51,7 +55,7 @@ class Calibration(Simulation):
             data, args = self._given(data, args), ()
         weights = {x: x.detach().clone() for x in self.model.state_dict(keep_vars=True).values()} if post else {}
         before = {q: (q.state, {name: x.clone() for name, x in q.range_tensors().items()}) for q in quantizers.values()}
-        training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         try:
             self.model.eval()
             if post.smooth is not None:
@@ -68,7 +72,8 @@ class Calibration(Simulation):
                 quantizer.restore(state, tensors)
             raise
         finally:
-            self.model.train(training)
+            for module in training:  # each its own mode, not that of the whole model
+                module.training = True
 
     def _find_ranges(self, data: Data, args: Sequence[Any], *, weights: bool = True) -> None:
         """A range for every activation, after one for every weight."""
@@ -113,13 +118,27 @@ class Calibration(Simulation):
         """What the graph takes of each batch."""
         device = next(self.model.parameters()).device
         inputs = [str(node.target) for node in self.graph.graph.find_nodes(op="placeholder")]
+        forward = inspect.signature(type(self.model).forward).parameters
+        takes = forward.keys() - inputs - set(find_labels(type(self.model)))  # type: ignore[no-untyped-call]
         count = 0
         for count, batch in enumerate(batches, 1):
             if not isinstance(batch, Mapping):
                 raise CalibrationError(
                     f"batch {count - 1} is a {type(batch).__name__}; expected inputs by keyword, as a tokenizer gives them"
                 )
-            taken = {name: x.to(device) for name, x in batch.items() if name in inputs}
+            for name, x in batch.items():
+                if name in inputs and x is not None and not isinstance(x, Tensor):
+                    raise CalibrationError(
+                        f"batch {count - 1}: {name} is a {type(x).__name__}; expected a tensor (of a tokenizer by return_tensors='pt')"
+                    )
+            if untraced := [name for name, x in batch.items() if name in takes and isinstance(x, Tensor)]:
+                warnings.warn(
+                    f"{untraced[0]}: left out of the calibration, for the model was traced with {', '.join(inputs)}; to have it, "
+                    "QuantSim(…, example_inputs=batch)",
+                    stacklevel=6,
+                )
+                takes -= set(untraced)
+            taken = {name: x.to(device) for name, x in batch.items() if name in inputs and x is not None}
             if any(x.numel() == 0 for x in taken.values()):
                 shapes = {name: list(x.shape) for name, x in taken.items()}
                 raise CalibrationError(f"batch {count - 1} is empty: {shapes}")

@@ -125,7 +125,9 @@ def resolve_config(config: QuantConfig | str | Path | None) -> QuantConfig:
         return QuantConfig.preset("aimet")
     if isinstance(config, QuantConfig):
         return config
-    if str(config).endswith(".json") or Path(config).exists():
+    if isinstance(config, str) and config in QuantConfig.presets():
+        return QuantConfig.preset(config)
+    if str(config).endswith(".json") or Path(config).is_file():
         return read_aimet_config(config) if is_aimet_config(config) else QuantConfig.from_json(config)
     if isinstance(config, Path):
         raise ConfigError(f"{config}: no such file")

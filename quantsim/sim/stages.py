@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantsim.formats.aimet_encodings import LoadedEncodings, load_aimet_encodings, write_aimet_encodings
 from quantsim.formats.checkpoint import read_checkpoint, save_checkpoint
@@ -231,18 +231,21 @@ class QuantSim(Calibration):
         save_checkpoint(folder, self.model, self.config, self.quantizers, tokenizer=tokenizer, card=card)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> QuantSim:
+    def from_pretrained(
+        cls, folder: str | Path, model: nn.Module | None = None, *, example_inputs: Mapping[str, Tensor] | None = None
+    ) -> QuantSim:
         """Read what :meth:`save_pretrained` wrote, or ``save_pretrained`` of its model; nothing that is read is executed.
 
         Args:
             folder: the checkpoint's folder.
             model: an instance of the model's class, for classes that ``transformers`` does not have; its weights are replaced.
+            example_inputs: a batch by keyword to trace with, where the saved simulation was given one; a checkpoint holds none.
 
         Raises:
             CheckpointError: a file that is missing, broken, changed, or not what this model needs.
         """
         checkpoint = read_checkpoint(folder)
-        sim = cls(checkpoint.build(model), checkpoint.config, in_place=True)
+        sim = cls(checkpoint.build(model), checkpoint.config, example_inputs, in_place=True)
         checkpoint.load_added(sim.model, sim.quantizers)
         return sim
 

@@ -205,3 +205,35 @@ def test_a_backend_that_runs_on_the_cpu(checkpoint: Path, labelled: Path, run: R
         "runs on the CPU; leave out --device meta"
         in run("evaluate", checkpoint, "--data", labelled, "--backend", "int8", "--device", "meta").refused()
     )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--split", "nonsense"], "is a file, so there is no --split nonsense to choose; leave it out"),
+        (["--subset", "rte"], "is a file, so there is no --subset rte"),
+    ],
+    ids=["split", "subset"],
+)
+def test_flags_that_a_file_has_no_use_for(flags: list[str], message: str, model: Path, labelled: Path, run: Run) -> None:
+    assert message in run("evaluate", model, "--data", labelled, *flags).refused()
+
+
+def test_columns_and_label_in_place_of_the_tasks(model: Path, tmp_path: Path, run: Run) -> None:
+    rows = [{"first": text, "second": "a cat", "gold": i % 2} for i, text in enumerate(TEXTS)]
+    data = write_csv(tmp_path / "rows.csv", rows)
+    command = ["evaluate", model, "--task", "rte", "--data", data, "--max-length", 16, "--json"]
+    assert run(*command, "--columns", "first", "second", "--label", "gold").json["data"]["columns"] == ["first", "second"]
+    assert "sentence1" in run(*command).out  # the task's own are not there
+
+
+def test_a_tasks_rows_compared_without_labels(model: Path, checkpoint: Path, tmp_path: Path, no_hub: None, run: Run) -> None:
+    folder = write_dataset(tmp_path / "glue", "rte", {"validation": RTE})
+    found = run("evaluate", checkpoint, "--unlabelled", "--task", "rte", "--data", folder, "--max-length", 16, "--json").json
+    assert found["data"]["columns"] == ["sentence1", "sentence2"]
+
+
+def test_answers_of_another_name() -> None:
+    from transformers import BertForQuestionAnswering
+
+    assert own_task(tiny_bert(BertForQuestionAnswering), ("question", "context"), "gold").label == "gold"

@@ -78,3 +78,12 @@ def test_batches_add_up() -> None:
     batch = {"attention_mask": MASK, "unknown": torch.zeros(1)}
     found = nearness(Gives(a=x), Gives(a=y), [batch, batch], ["attention_mask"], CPU)["a"]
     assert (found.signal, found.noise) == (16.0, 4.0)
+
+
+def test_a_model_that_takes_no_mask() -> None:
+    """FNet: padding is left out all the same."""
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 0]])}
+    outputs = [{"last_hidden_state": torch.tensor([[[1.0], [2.0], [last]]])} for last in (3.0, 99.0)]
+    models = [lambda input_ids, given=given: given for given in outputs]
+    (found,) = nearness(*models, [batch], ["input_ids"], torch.device("cpu")).values()
+    assert (found.signal, found.noise) == (5.0, 0.0)

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoTokenizer
 
 from model_zoo.cards import Card
-from quantsim import QuantSim
+from quantsim import QuantConfig, QuantSim, Rule
 from quantsim.formats.onnx.runtime import open_session
+from recipes.q8bert import q8bert
 from tests.cli.conftest import TEXTS, Run, names_in
-from tests.tiny import tiny_batch, tiny_sim
+from tests.tiny import tiny_batch, tiny_bert, tiny_sim
 
 # ---- lower ----
 
@@ -127,3 +128,29 @@ def test_files_that_are_there(checkpoint: Path, tmp_path: Path, run: Run) -> Non
 
 def test_a_card_is_a_checkpoint_too(bundle: Card, tmp_path: Path, run: Run) -> None:
     assert run("export", bundle.folder, "--format", "aimet", "--output", tmp_path / "x.encodings").code == 0
+
+
+def test_a_model_without_integers_is_the_users_and_no_mistake_of_the_program(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    """The preset aimet has edges that no integer graph takes."""
+    sim = QuantSim(tiny_bert(), QuantConfig.preset("aimet").with_rules(Rule(role="activation", set={"bits": 16})))
+    sim.compute_encodings([tiny_batch()])
+    sim.save_pretrained(tmp_path / "wide")
+    assert "8" in run("export", tmp_path / "wide", "--format", "integers", "--output", tmp_path / "x.onnx").refused()
+    assert not (tmp_path / "x.onnx").exists()
+
+
+@pytest.mark.parametrize("format", ["onnx", "aimet"])
+def test_ranges_that_each_tensor_brings_along_have_no_place_in_a_file(format: str, tmp_path: Path, run: Run) -> None:
+    sim = QuantSim(tiny_bert(), q8bert("dynamic"))
+    sim.model(**tiny_batch())
+    sim.model.eval()
+    sim.compute_encodings([tiny_batch()])
+    sim.save_pretrained(tmp_path / "dynamic")
+    ran = run("export", tmp_path / "dynamic", "--format", format, "--output", tmp_path / "x", "--json")
+    if format == "onnx":
+        assert ran.code == 2
+        assert "each tensor's own (dynamic)" in ran.out + ran.err
+        assert not (tmp_path / "x").exists()
+    else:
+        left_out = sim.export_aimet_encodings(tmp_path / "y")
+        assert sum("dynamic" in reason for reason in left_out.values()) > 3

@@ -105,6 +105,11 @@ def test_presets_bits_and_estimators(model: Path, texts: Path, tmp_path: Path, r
     assert same(sim, by_hand(model, TEXTS, 16, config))
 
 
+def test_a_presets_own_estimators_stay(model: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+    assert run("quantize", model, "--data", texts, "--max-length", 16, "--output", tmp_path / "out", "--preset", "ibert").code == 0
+    assert QuantSim.from_pretrained(tmp_path / "out").config == QuantConfig.preset("ibert")
+
+
 # ---- data ----
 
 

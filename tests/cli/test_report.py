@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from model_zoo.cards import Card
-from quantsim import QuantSim
+from quantsim import QuantSim, ReportError
 from tests.cli.conftest import Run, names_in
 from tests.report.test_report import data_in
 
@@ -60,3 +61,15 @@ def test_what_it_refuses(checkpoint: Path, texts: Path, tmp_path: Path, run: Run
     assert "expected the name of the page" in run(*command, tmp_path / "page.json", "--max-length", 16).refused()
     assert "no data" in run("report", checkpoint, "--output", tmp_path / "page.html").refused()
     assert names_in(tmp_path) == {"mine.html"}
+
+
+def test_a_file_of_the_users_is_not_taken_for_results(checkpoint: Path, texts: Path, tmp_path: Path, run: Run) -> None:
+    """The page's results have its name, and the user's rows may have it too."""
+    precious = tmp_path / "rows.json"
+    precious.write_text('{"text": "precious"}')
+    command = ["report", checkpoint, "--data", texts, "--max-length", 16, "--output", tmp_path / "rows.html"]
+    for flags in ([], ["--overwrite"]):
+        assert f"would replace {precious}, which is no analysis" in run(*command, *flags).refused()
+    with pytest.raises(ReportError, match=r"rows\.json: is no analysis, and would be replaced by one"):
+        QuantSim.from_pretrained(checkpoint).report([{"input_ids": torch.ones(2, 5, dtype=torch.long)}], tmp_path / "rows.html")
+    assert precious.read_text() == '{"text": "precious"}'

@@ -174,3 +174,27 @@ def test_an_op_type_that_is_misspelt_is_warned_of_with_the_nearest(write) -> Non
 def test_the_zoos_own_file_gives_no_warning(write, recwarn) -> None:
     read_aimet_config(write(ZOO))
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "where, value, message",
+    [
+        (("defaults", "strict_symmetric"), "True", r"defaults\.strict_symmetric is True changes nothing here"),
+        (("defaults", "unsigned_symmetric"), True, r"defaults\.unsigned_symmetric is True changes nothing here"),
+        (("defaults", "per_chanel_quantization"), "True", r"defaults\.per_chanel_quantization changes .*nearest: per_channel_quantization"),
+        (("defaults", "ops", "is_input_quantized"), "True", r"defaults\.ops\.is_input_quantized changes nothing here"),
+        (("params", "wieght"), {"is_quantized": "False"}, r"params\.wieght changes nothing here \(nearest: weight\)"),
+        (("op_type", "Softmax", "is_output_quantised"), "False", r"op_type\.Softmax\.is_output_quantised .*nearest: is_output_quantized"),
+        (("op_type", "Gemm", "params", "weight", "bits"), 4, r"op_type\.Gemm\.params\.weight\.bits changes nothing here"),
+        (("model_output", "is_output_quantized"), "True", r"model_output\.is_output_quantized changes nothing here"),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_changes_nothing_is_named(where: tuple[str, ...], value: Any, message: str, write) -> None:
+    with pytest.warns(UserWarning, match=message):
+        read_aimet_config(write(changed(*where, to=value)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_is_read_whole_warns_of_nothing(write) -> None:
+    read_aimet_config(write(ZOO))

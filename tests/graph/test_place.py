@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from quantsim import ConfigError, Placement, QuantConfig, QuantSpec, Rule, clamp_mask, place, trace
+from quantsim import ConfigError, Placement, QuantConfig, QuantSim, QuantSpec, Rule, clamp_mask, place, trace
 from quantsim.graph.place import FROM_IDS
-from tests.tiny import HEADS, tiny_graph, tiny_sim
+from tests.tiny import HEADS, tiny_bert, tiny_graph, tiny_sim
 
 GOLDEN = Path(__file__).parent / "golden"
 PRESETS = QuantConfig.presets()
@@ -270,3 +272,38 @@ def test_logits_that_a_mask_hides_have_no_grid(how: str) -> None:
     hidden = [p for p in placements if p.attention == "hidden_values"]
     assert [p.reason for p in hidden] == ["some of its values are hidden behind a large number"]
     assert find(placements, "head.output").spec is not None
+
+
+def test_a_weight_that_is_switched_on_again_has_the_axis_that_it_would_have_had() -> None:
+    graph = tiny_graph()
+    config = QuantConfig.preset("ibert").with_rules(Rule(op="layer_norm", role="weight", enabled=True))
+    norms = [p for p in place(graph, config) if p.role == "weight" and p.op == "layer_norm"]
+    assert norms
+    assert all(p.spec is not None and p.spec.axis is None for p in norms)  # a range for each number would quantize nothing
+    off_and_on = [Rule(role="weight", enabled=False), Rule(op="embedding", role="weight", enabled=True)]
+    tables = [p for p in place(graph, QuantConfig.preset("aimet").with_rules(*off_and_on)) if p.role == "weight" and p.op == "embedding"]
+    assert {p.spec.axis for p in tables if p.spec is not None} == {None}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"activations_before": ("lineer",)}, "activations_before: 'lineer' is no op; .*linear"),
+        ({"supergroups": (("linear", "gleu"),)}, "'gleu'.*gelu"),
+    ],
+    ids=["activations_before", "supergroups"],
+)
+def test_ops_that_are_mistyped_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        place(tiny_graph(), replace(QuantConfig.preset("aimet"), **changes))
+
+
+def test_a_tied_weight_has_the_most_bits_that_were_asked_for() -> None:
+    config = QuantConfig.preset("aimet").with_rules(Rule(op="linear", role="weight", set={"bits": 4}))
+    sim = QuantSim(tiny_bert(HEADS["BertForMaskedLM"]), config)
+    bits = {p.name: p.spec.bits for p in sim.placements if p.role == "weight" and p.spec is not None}
+    tied = {p.name for p in sim.placements if p.role == "weight" and p.op == "embedding"} & {
+        p.name for p in sim.placements if p.role == "weight" and p.op == "linear"
+    }
+    assert {bits[name] for name in tied} == {8}
+    assert 4 in bits.values()

@@ -20,6 +20,7 @@ from quantsim import CheckpointError, ConfigError, QuantConfig, QuantSim, Rule, 
 from quantsim.hf import QuantSimConfig, simulation_of
 from tests.formats.sealed import FILES, MODEL, TENSORS, description, edit_tensors
 from tests.hf.words import tokenizer
+from tests.post_training import outliers
 from tests.tiny import tiny_batch, tiny_bert, tiny_sim
 
 BATCHES = [tiny_batch(seed=seed) for seed in (1, 2)]  # what tiny_sim is calibrated with
@@ -290,3 +291,14 @@ def test_a_metric_that_is_no_number_is_refused_and_nothing_written(tmp_path: Pat
     with pytest.raises(ValueError, match=r"metrics: accuracy is '75 %'; expected a number"):
         tiny_sim().save_pretrained(tmp_path / "new", metrics={"accuracy": "75 %"})  # type: ignore[dict-item]
     assert not (tmp_path / "new").exists()
+
+
+def test_dequantize_gives_a_smoothed_model_back(tmp_path: Path) -> None:
+    """Weights that were divided, and products that made up for it."""
+    sim = outliers.simulate(smooth=0.5)
+    before = logits(outliers.sick_bert())
+    sim.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert any(float(x.max()) != 1 for name, x in simulation_of(loaded).graph.named_buffers() if name.startswith("scales."))
+    loaded.dequantize()
+    torch.testing.assert_close(logits(loaded), before, rtol=1e-4, atol=1e-4)

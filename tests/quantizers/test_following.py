@@ -248,3 +248,9 @@ def test_training_learns():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_calibration_sets_the_range_that_training_would() -> None:
+    quantizer = FollowingQuantizer(QuantSpec(symmetric=True, follow="ema"))
+    quantizer.set_range(torch.tensor(-4.0), torch.tensor(2.0))
+    assert (quantizer.min.item(), quantizer.max.item()) == (-4.0, 4.0)

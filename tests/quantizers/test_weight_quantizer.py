@@ -12,7 +12,7 @@ from torch import nn
 from quantsim.config import QuantSpec
 from quantsim.numerics.affine import affine_params, fake_quantize
 from quantsim.quantizers import fake_quantizer
-from quantsim.quantizers.fake_quantizer import State, WeightQuantizer
+from quantsim.quantizers.fake_quantizer import State, WeightQuantizer, fingerprint
 
 SPEC = QuantSpec(symmetric=True, axis=0)
 
@@ -164,3 +164,8 @@ def test_a_deep_copy_takes_its_own_weight() -> None:
         other[0].weight.mul_(0.5)
         assert torch.equal(other[1](other[0].weight), expected(other[0], other[1]))
         assert torch.equal(model[1](model[0].weight), expected(model[0], model[1]))
+
+
+def test_a_number_alone_is_another_in_another_type() -> None:
+    x = torch.tensor([0.5])
+    assert fingerprint(x) != fingerprint(x.double())

@@ -213,3 +213,12 @@ def test_a_cpu_without_bf16_kernels_trains_in_float32_and_says_so(
     written = json.loads((tmp_path / "results.json").read_text())["recipe"]
     assert [written["finetune"]["mixed_precision"], written["intermediate"][0]["mixed_precision"]] == [precision] * 2
     assert ("no bf16 kernels; training in float32" in capsys.readouterr().err) == (precision == "no")
+
+
+@pytest.mark.parametrize("flag", ["--max_steps", "--eval_batch_size", "--max_train_rows", "--save_steps"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_counts_are_from_1(flag: str, value: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No training of 0 steps that is kept as a trained model."""
+    with pytest.raises(SystemExit):
+        bert_qat.main(["--recipe", str(files / "rte.yaml"), flag, value])
+    assert f"'{value}'; expected a whole number from 1" in capsys.readouterr().err

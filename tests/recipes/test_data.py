@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from recipes import data
 from recipes.data import DataError, MissingSplitError, encode, load_rows, rows_sha256
 from recipes.metrics import best_spans
-from recipes.tasks import TASKS
+from recipes.tasks import TASKS, Task
 
 RTE = [
     {"sentence1": "A dog ran.", "sentence2": "A dog moved.", "label": 0, "idx": 0},
@@ -143,6 +143,15 @@ def test_scores_are_finite_and_not_negative(label: float) -> None:
     rows = Dataset.from_list([{"sentence1": "a", "sentence2": "b", "label": label}])
     with pytest.raises(DataError, match="expected a number from 0"):
         data.check_rows(TASKS["stsb"], rows, data.DataSource("here", "dataset", "validation"))
+
+
+def test_scores_of_ones_own_may_be_negative() -> None:
+    rows = Dataset.from_list([{"text": "a", "label": -0.5}])
+    task = Task("mine", ("text",), ("pearson",), num_labels=1, kind="regression")
+    data.check_rows(task, rows, data.DataSource("here", "dataset", "all rows"))
+    with pytest.raises(DataError, match="label is nan; expected a number"):
+        nan = Dataset.from_list([{"text": "a", "label": float("nan")}])
+        data.check_rows(task, nan, data.DataSource("here", "dataset", "all rows"))
 
 
 def test_questions_without_answers() -> None:

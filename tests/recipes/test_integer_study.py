@@ -133,3 +133,9 @@ def test_the_page_and_the_readme_say_what_the_lines_say() -> None:
     assert integer_study.CSV.with_suffix(".md").read_text() == page(rows, "integer_training.png")
     for marks, made in tables(rows).items():
         assert in_marks(readme, marks, made) == readme
+
+
+def test_a_trial_is_no_line_of_the_study(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--max_steps", "3"], ["--fold=0"]):
+        assert main(["--tasks", "rte", *flags]) == 2
+        assert f"{flags[0].partition('=')[0]}: a trial, and integer_training.csv holds whole runs" in capsys.readouterr().err

@@ -157,7 +157,7 @@ def test_dropouts_are_set_where_the_class_has_them(base: Path) -> None:
 def test_no_such_base(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"base_model: .* cannot be read"):
         load_base(str(tmp_path), 2)
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: missing"):
+    with pytest.raises(RecipeError, match=r"model\.safetensors: missing"):
         base_weights_sha256(str(tmp_path))
 
 

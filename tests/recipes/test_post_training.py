@@ -135,3 +135,10 @@ def test_the_best_method_leaves_half_the_loss_of_min_max_at_most_or_a_third_of_a
     bar = max(0.5 * losses["min_max"], 0.3)
     assert min(losses.values()) <= bar
     assert losses["smooth"] <= bar  # nobody has to know which one is the best
+
+
+def test_a_trial_is_no_line_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    before = CSV.read_bytes()
+    assert main(["--tasks", "rte", "--max_rows", "20"]) == 2
+    assert "--max_rows 20: a trial, and post_training.csv is of all rows" in capsys.readouterr().err
+    assert CSV.read_bytes() == before

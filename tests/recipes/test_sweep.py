@@ -34,7 +34,13 @@ def test_the_summary_is_what_a_card_takes() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--seeds", "1", "1"], "--seeds 1 1: expected each once"), (["--qat.lrr", "1"], "no such field; nearest: qat.lr")],
+    [
+        (["--stage", "fp32"], "--stage fp32: writes no bundle"),
+        (["--seeds", "1", "1"], "--seeds 1 1: expected each once"),
+        (["--qat.lrr", "1"], "no such field; nearest: qat.lr"),
+        (["--qat.lr", "{"], "--qat.lr {: no YAML"),
+        (["--device", "nowhere"], "--device nowhere: cannot be used here"),
+    ],
 )
 def test_mistakes_are_named(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:  # noqa: F811
     assert sweep.main(["--recipe", str(files / "rte.yaml"), "--output_dir", str(tmp_path), "--offline", *flags]) == 2

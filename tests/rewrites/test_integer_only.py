@@ -18,7 +18,7 @@ from quantsim.numerics.dyadic import rescale, rescale_channels
 from quantsim.numerics.polynomial import i_gelu, i_normalize, i_softmax, i_tanh
 from quantsim.quantizers.fake_quantizer import State
 from tests.rewrites.integer_models import BUILT_ON, FAMILIES, batch_of, model_of, simulated
-from tests.tiny import tensors_of
+from tests.tiny import tensors_of, tiny_batch, tiny_bert
 
 IBERT = QuantConfig.preset("ibert")
 HEADS = ["Model", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM"]
@@ -400,3 +400,14 @@ def test_gradients_reach_everything_and_are_the_simulations_where_values_are():
         if g.norm() > 1e-3:
             assert torch.cosine_similarity(ours[name].flatten(), g.flatten(), 0) > 0.95, name
             assert 0.8 < ours[name].norm() / g.norm() < 1.25, name
+
+
+def test_weights_are_not_written_over():
+    """A table of more than 8 bits is quantized where it stands by no one."""
+    sim = QuantSim(tiny_bert(), IBERT.with_rules(Rule(op="embedding", role="weight", set={"bits": 12})))
+    sim.compute_encodings([tiny_batch()])
+    before = {name: x.clone() for name, x in sim.model.state_dict().items()}
+    sim.integer_only()
+    with sim.integer_only_training(), torch.no_grad():
+        sim.model(**tiny_batch())
+    assert all(torch.equal(x, before[name]) for name, x in sim.model.state_dict().items())

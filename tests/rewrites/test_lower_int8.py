@@ -327,3 +327,47 @@ def test_no_tensor_is_made_on_the_default_device():
     with torch.device("meta"):
         graph = lowered(sim, packs=False)
     same_as_simulated(sim, graph)
+
+
+def test_weights_are_not_written_over():
+    """A table of more than 8 bits is quantized where it stands by no one."""
+    sim = QuantSim(tiny_bert(), QuantConfig.preset("aimet").with_rules(Rule(op="embedding", role="weight", set={"bits": 16})))
+    sim.compute_encodings([tiny_batch()])
+    before = {name: x.clone() for name, x in sim.model.state_dict().items()}
+    lowered(sim)
+    assert all(torch.equal(x, before[name]) for name, x in sim.model.state_dict().items())
+
+
+class Biased(torch.nn.Module):
+    """Attention with a bias of the scores that is computed, and quantized; and a conversion that moves integers no further."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.bias = (torch.nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x):
+        heads = [linear(x).unflatten(-1, (2, 16)).transpose(1, 2) for linear in (self.q, self.k, self.v, self.bias)]
+        q, k, v, b = heads
+        scores = q @ k.transpose(2, 3) * 0.25 + b @ b.transpose(2, 3)
+        return (torch.relu(scores.softmax(-1) @ v)).transpose(1, 2).flatten(2)
+
+
+class Converted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)).type_as(x))
+
+
+@pytest.mark.parametrize("model, x", [(Biased, (2, 6, 32)), (Converted, (3, 8))])
+def test_models_of_ones_own(model, x):
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(x)}
+    sim = QuantSim(model().eval(), QuantConfig.preset("aimet"), batch)
+    sim.compute_encodings([batch])
+    with torch.no_grad():
+        expected = sim.model(**batch)
+        assert torch.equal(sim.lower(exact=True).model(**batch), expected)
+        assert (sim.lower().model(**batch) - expected).abs().max() < 0.1

@@ -14,6 +14,7 @@ from quantsim.formats.onnx.extra import OnnxError
 from quantsim.graph.roles import WEIGHTS, op_of, resolve
 from quantsim.numerics.affine import AffineParams, quantize
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, State, WeightQuantizer
+from quantsim.quantizers.following import moves_with_tensors
 from quantsim.quantizers.in_graph import quantizer_before_moves, quantizer_of
 
 Bias = Literal["float", "int32"]
@@ -95,6 +96,11 @@ def stored_edges(graph: fx.GraphModule) -> dict[str, StoredEdge]:
     for _, quantizer in quantizer_calls(graph):
         if quantizer.state is State.ESTIMATING:
             raise OnnxError(f"{quantizer.name}: state ESTIMATING; expected calibration to be finished")
+        if moves_with_tensors(quantizer):
+            raise OnnxError(
+                f"{quantizer.name}: its range is each tensor's own (dynamic), and QDQ holds one that is known; calibrate with a static "
+                "config, or lower() it"
+            )
         with torch.no_grad():
             params = quantizer.affine_params() if quantizer.calibrated else None
         edges[quantizer.name] = StoredEdge(params, isinstance(quantizer, WeightQuantizer))

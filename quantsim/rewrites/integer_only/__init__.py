@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from quantsim.graph.roles import is_float, op_of, resolve
 from quantsim.graph.trace import whole_numbers
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
-from quantsim.quantizers.in_graph import quantizer_of
+from quantsim.quantizers.in_graph import not_finite, quantizer_of
 from quantsim.rewrites.integer_only.builder import Builder, Tables, unsupported
 from quantsim.rewrites.integer_only.masks import is_mapped, mapped, of_ids
 from quantsim.rewrites.integer_only.rules import FORCED, RULES, supported
@@ -53,7 +53,7 @@ def integer_only(
 
     Raises:
         IntegerError: a quantizer that is not calibrated, an edge without a scale, a floating-point input, an op that has no integer
-            form, or values that 32 bits cannot hold.
+            form, weights that are not finite, or values that 32 bits cannot hold.
     """
     return convert(graph, force_dequant, kernel, names=names).graph
 
@@ -70,6 +70,8 @@ def convert(
     """:func:`integer_only`, with what became of every edge; ``kept`` is filled with large constants, and read at the next call."""
     if force_dequant not in FORCED:
         raise IntegerError(f"force_dequant: {force_dequant!r}; expected one of {', '.join(FORCED)}")
+    if wrong := not_finite(graph):
+        raise IntegerError(f"{wrong}; integers have no NaN. Load the weights of before they diverged")
     b = Builder(graph, FORCED[force_dequant], kernel, kept)
     for node in graph.graph.nodes:
         b.computes = (names or {}).get(node.name, _edge(b, node))
@@ -136,8 +138,6 @@ def _module(b: Builder, node: fx.Node) -> Value:
     if isinstance(module, WeightQuantizer):
         if not isinstance(x, Constant):
             return x  # rows of an embedding: the look-up took the quantizer's scale
-        if not x.value.isfinite().all():
-            raise IntegerError(f"{module.name}: holds numbers that are not finite")
         only_products = all(op_of(user, b.source) == "linear" and user.args[0] is not node for user in node.users)
         return x if only_products else Constant(module(x.value).detach())
     spec, params = module.spec, module.affine_params()

@@ -33,7 +33,7 @@ def embedding(b: Builder, node: fx.Node) -> Value:
         rows = b.keep(q, f"{quantizer.name}.rows")
         return Ints(b.emit(aten.embedding.default, rows, ids), scale, bound, zero_point, dtype)
     if isinstance(quantizer, WeightQuantizer):
-        weight = quantizer(weight)
+        weight = quantizer(weight.clone())  # a quantizer of rows writes over what it is given
     scale = b.scale_for(float(weight.abs().max()), FACTOR_BITS)
     q = (weight.double() / scale).round().to(torch.int32)
     return Ints(b.emit(aten.embedding.default, b.keep(q), ids), scale, int(q.abs().max()))

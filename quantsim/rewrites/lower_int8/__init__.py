@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from quantsim.graph.place import FROM_IDS, Placement
+from quantsim.quantizers.in_graph import not_finite
 from quantsim.rewrites.lower_int8.attention import fuse_attention
 from quantsim.rewrites.lower_int8.attention_int8 import attention_to_integers
 from quantsim.rewrites.lower_int8.edges import edges_to_integers, forget_unread_integers, sink_dequantize
@@ -40,8 +41,10 @@ def lower_int8(graph: fx.GraphModule, placements: Sequence[Placement], packs: bo
             kernel multiplies by ``1 / scale`` where that divides), attention keeps its ops, and norms sum in float64.
 
     Raises:
-        LoweringError: a quantizer that is not calibrated.
+        LoweringError: a quantizer that is not calibrated, a weight or range that is not finite.
     """
+    if wrong := not_finite(graph):
+        raise LoweringError(f"{wrong}; integers have no NaN. Load the weights of before they diverged")
     names = {p.node.name: p.name for p in placements if p.role != "weight" and p.reason != FROM_IDS}
     lowered = copy_for_inference(graph, names)
     edges_to_integers(lowered)

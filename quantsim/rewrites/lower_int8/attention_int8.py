@@ -103,7 +103,8 @@ def _fits(query: object, keys: object, value: object, mask: object) -> bool:
         return False
     if mask is None:
         return True
-    return isinstance(mask, fx.Node) and len(mask.meta["val"].shape) <= 4 and mask.meta["val"].dtype == torch.float32
+    value = mask.meta.get("val") if isinstance(mask, fx.Node) else None  # integers that were read back have none
+    return isinstance(value, torch.Tensor) and value.ndim <= 4 and value.dtype == torch.float32
 
 
 def _grid(node: object) -> Grid:

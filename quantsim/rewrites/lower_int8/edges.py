@@ -16,7 +16,7 @@ from quantsim.quantizers.following import DynamicIntegers, moves_with_tensors
 from quantsim.quantizers.in_graph import quantizer_of
 from quantsim.rewrites.lower_int8.whole import put_beside
 
-MOVES = KEEPS_GRID - {"to"}  # a conversion to float32 is no move of integers
+MOVES = KEEPS_GRID - {"to", "type_as"}  # a conversion to float32 is no move of integers
 ROOM = "edges"
 LISTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
 

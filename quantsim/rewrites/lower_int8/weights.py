@@ -57,7 +57,7 @@ def _frozen_look_up(graph: fx.GraphModule, look_up: fx.Node, quantizer: FakeQuan
     values, path = evaluate(graph, weight), f"{ROOM}.{quantizer.name}"
     own_scales = params.scale.numel() > 1
     if spec.bits > 8 or (own_scales and not (spec.symmetric and spec.axis == 0)):
-        look_up.update_arg(at, constant(graph, look_up, f"{path}.values", quantizer(values).detach().clone()))
+        look_up.update_arg(at, constant(graph, look_up, f"{path}.values", quantizer(values.detach().clone()).detach()))
         return look_up
     rows = quantize(values, params).to(torch.int8 if spec.symmetric else torch.uint8)
     look_up.update_arg(at, constant(graph, look_up, f"{path}.{ROWS}", rows))
