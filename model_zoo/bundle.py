@@ -29,6 +29,7 @@ from quantsim import CheckpointError, ConfigError, QuantConfig, QuantSim, State
 from quantsim.config import near
 from recipes.base_model import base_model_folder, base_weights_sha256
 from recipes.low_rank import go_on_low_rank
+from recipes.tasks import RecipeError
 
 UP, DOWN, RANGES = ".low_rank.up", ".low_rank.down", "quantizers."
 
@@ -280,7 +281,7 @@ def _base_model(card: Card, base_model_loader: Callable[[str], str]) -> tuple[Pr
             )
         with torch.random.fork_rng(devices=[]):  # a new head's first values are replaced; the caller's random state stays
             loaded: Any = cls.from_pretrained(folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RecipeError, SafetensorError) as error:
         raise CheckpointError(f"base model {name}: cannot be read ({error}). {card.base_model['source']}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

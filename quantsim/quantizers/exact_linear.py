@@ -9,9 +9,10 @@ from torch import Tensor
 
 from quantsim.config import QuantSpec
 from quantsim.kernels.cpu import missing_for_int8
-from quantsim.kernels.edges import Grid, to_integers
+from quantsim.kernels.edges import Grid
 from quantsim.kernels.int8_linear import Int8Linear
-from quantsim.quantizers.exact_op import ExactOp, is_finite
+from quantsim.kernels.quantize import finite_to_integers, is_finite
+from quantsim.quantizers.exact_op import ExactOp
 from quantsim.quantizers.fake_quantizer import FakeQuantizer, WeightQuantizer
 
 
@@ -36,16 +37,17 @@ class ExactLinear(ExactOp):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` → ``[..., out]``."""
-        product = None
-        if weight.dtype == torch.float32 and self.exact(x) and fits_int8(*self.quantizers) and x.ndim > 1:
+        product = q = None
+        if self.exact(x, weight) and fits_int8(*self.quantizers) and x.ndim > 1:
             with torch.no_grad():
                 product = self._product(weight, None if bias is None else bias.detach())
-        if product is None:
+                q = None if product is None else finite_to_integers(x, product.grid)
+        if product is None or q is None:
             self._packed = None
             return self.in_float(x, weight, bias)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-            return _Product.apply(x, weight, bias, product)  # type: ignore[no-any-return, no-untyped-call]
-        return multiply(product, x)
+            return _Product.apply(x, weight, bias, product, q)  # type: ignore[no-any-return, no-untyped-call]
+        return product(q)  # type: ignore[no-any-return]
 
     def _product(self, weight: Tensor, bias: Tensor | None) -> Int8Linear | None:
         """The weight packed, once for as long as its quantizer gives the same tensor; ``None`` where it or a range is not finite."""
@@ -80,28 +82,23 @@ def is_int8_weight(spec: QuantSpec) -> bool:
     return spec.symmetric and spec.bits <= 8 and spec.axis in (None, 0)
 
 
-def multiply(product: Int8Linear, x: Tensor) -> Tensor:
-    """The product on ``x`` of its grid, in float32 in and out."""
-    y: Tensor = product(to_integers(x.detach(), *product.grid.numbers))
-    return y
-
-
 class _Product(torch.autograd.Function):
     """The exact product, with the gradients of the floating-point linear."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, product):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, product, q):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        return multiply(product, x)
+        return product(q)
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         rows = g.reshape(-1, g.shape[-1])  # [*, out] -> [rows, out]
         return (
             g @ weight if of_x else None,
             rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
             rows.sum(0) if of_bias else None,
+            None,
             None,
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantsim.kernels.quantize import is_finite
 from quantsim.numerics.affine import straight_through
 from quantsim.numerics.reproducible import layer_norm, softmax_on_grid
 from quantsim.quantizers.exact_op import ExactOp, fits
@@ -19,7 +20,7 @@ class ExactSoftmax(ExactOp):
 
     def forward(self, x: Tensor, *options: Any) -> Tensor:
         """``[..., n]`` → ``[..., n]``; ``options`` are those of ATen's softmax."""
-        if not (self.exact(x) and all(map(fits, self.quantizers))):
+        if not (self.exact(x) and all(map(fits, self.quantizers)) and is_finite(x)):
             return self.in_float(x, *options)
         with torch.no_grad():
             y = softmax_on_grid(x, self.quantizers[0].affine_params().scale)

@@ -47,7 +47,10 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize(("flags", "config"), FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize(
+    ("flags", "config"),
+    [pytest.param(*given, id=name, marks=[pytest.mark.slow] if name in ("groups", "together") else []) for name, given in FLAGS.items()],
+)
 def test_a_flag_is_what_the_library_does(flags: list[str], config: QuantConfig, model: Path, texts: Path, tmp_path: Path, run: Run) -> None:
     ran = run("quantize", model, "--data", texts, "--max-length", 16, *flags, "--output", tmp_path / "out")
     assert ran.code == 0, ran.err

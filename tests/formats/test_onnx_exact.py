@@ -18,6 +18,7 @@ from tests.tiny import HEADS, tensors_of, tiny_sim  # noqa: E402
 
 SYMMETRIC = QuantConfig(weights=QuantSpec(8, symmetric=True, axis=0), activations=QuantSpec(8, symmetric=True), mask_clamp=-6.0)
 SIX_BITS = QuantConfig(weights=QuantSpec(8, symmetric=True, axis=0), activations=QuantSpec(6), mask_clamp=-6.0)
+USUAL = ("BertForSequenceClassification", "BertForQuestionAnswering", "BertForMaskedLM", "BertForMultipleChoice")
 
 
 def assert_same_bits(sim: QuantSim, path: Path, head: str) -> None:
@@ -30,15 +31,23 @@ def assert_same_bits(sim: QuantSim, path: Path, head: str) -> None:
             assert torch.equal(torch.from_numpy(array), expected[x.name]), x.name
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [head if head in USUAL else pytest.param(head, marks=pytest.mark.slow) for head in HEADS])
 def test_every_head(head: str, tmp_path: Path) -> None:
     sim = tiny_sim(head)
     sim.export_onnx(tmp_path / "a.onnx")
     assert_same_bits(sim, tmp_path / "a.onnx", head)
 
 
-@pytest.mark.parametrize("opset", [18, 20, 21])
-@pytest.mark.parametrize("config", ["aimet_per_tensor", SYMMETRIC, SIX_BITS], ids=["per tensor", "symmetric", "6 bits"])
+CONFIGS = {"per tensor": "aimet_per_tensor", "symmetric": SYMMETRIC, "6 bits": SIX_BITS}
+OPSETS = (18, 20, 21)
+GRIDS = [  # each config and each opset once; all of both are slow
+    pytest.param(config, opset, id=f"{name}-{opset}", marks=[pytest.mark.slow] if i != j else [])
+    for i, (name, config) in enumerate(CONFIGS.items())
+    for j, opset in enumerate(OPSETS)
+]
+
+
+@pytest.mark.parametrize(("config", "opset"), GRIDS)
 def test_other_grids_and_opsets(config: QuantConfig | str, opset: int, tmp_path: Path) -> None:
     head = "BertForSequenceClassification"
     sim = tiny_sim(head, config)

@@ -114,8 +114,16 @@ def test_rows_that_are_too_wide() -> None:
         layer_norm(mapper(), torch.zeros(1, 65537), (65537,))
 
 
-@pytest.mark.parametrize("exponents", ["row", "tensor"])
-@pytest.mark.parametrize("bits", [(8, 8, 8), (16, 12, 16)], ids=str)
+@pytest.mark.parametrize(
+    "bits, exponents",
+    [
+        ((8, 8, 8), "row"),
+        ((16, 12, 16), "tensor"),
+        pytest.param((16, 12, 16), "row", marks=pytest.mark.slow),
+        pytest.param((8, 8, 8), "tensor", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_fused_kernels_give_the_same_bits(bits: tuple[int, int, int], exponents: str) -> None:
     def run() -> list[Tensor]:
         torch.manual_seed(0)
