@@ -32,7 +32,7 @@ class IntegerTraining:
         decisions: every op that computes: its integer form, or why it has none. ``print(training)`` shows them.
 
     Random numbers of a forward and its backward follow from one number that torch's default generator gives, from the op and from the
-    place in the tensor: ``torch.manual_seed`` reproduces a run, whatever the number of threads. In eval mode everything is rounded to
+    place in the tensor: ``torch.manual_seed`` reproduces them, whatever the number of threads. In eval mode everything is rounded to
     the nearest, and evaluation is deterministic; where a tensor has one exponent, a row's result hangs on the rows beside it.
 
     A forward or backward that meets NaN or infinity in an operand raises :class:`FixedPointError`, which names op and operand.

@@ -101,7 +101,8 @@ INTRODUCTION = """# Training in integers: what it costs
 
 Written by `python recipes/integer_study.py` from the lines of `integer_training.csv`, each of which is one run, with its settings, versions
 and date. The 6-layer MiniLM BERT, every weight trained, by the recipes in `recipes/integer`; evaluated as it was trained, in integers, on
-the official validation rows. Tokens and outputs of a weight have exponents of their own where nothing else is said. SST-2 is trained
+the official validation rows, on one thread: on more, floating-point sums outside the integer ops have another order, and a figure moves as
+it does from seed to seed. Tokens and outputs of a weight have exponents of their own where nothing else is said. SST-2 is trained
 on the first 10,000 of its rows. A cell is the mean and the standard deviation over seeds, their number in brackets. The last columns
 are the mean difference to FP32 over the same tasks and seeds, and what Tayaranian et al. (arXiv 2209.09815, v1) published for
 BERT-base, another model on other tasks.
