@@ -177,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise RecipeError(f"{what} {unknown[0]}: expected of {', '.join(known)} (nearest: {near(unknown[0], known, 1)})")
         if rest and not set(args.tasks) & set(GLUE):
             raise RecipeError(f"{rest[0]}: unknown here; flags of integer_finetune.py go with one of {', '.join(GLUE)}")
-        trial = [name for name in PARTIAL if any(word.partition("=")[0] == f"--{name}" for word in rest)]
+        given_flags = {word.partition("=")[0].replace("_samples", "_rows") for word in rest}  # --max_train_samples is --max_train_rows
+        trial = [name for name in PARTIAL if f"--{name}" in given_flags]
         if trial and args.csv.resolve() == CSV:
             raise RecipeError(f"--{trial[0]}: a trial, and {CSV.name} holds whole runs; name another file by --csv")
         study(args, rest)

@@ -9,6 +9,7 @@ Every other flag is passed on to bert_qat.py. Each seed has a folder of its own 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metric = find_task(recipe.task).metric
         if len(set(args.seeds)) != len(args.seeds):
             raise RecipeError(f"--seeds {' '.join(map(str, args.seeds))}: expected each once")
-        if "fp32" in rest or "--stage=fp32" in rest:
+        if "--stage=fp32" in rest or ("--stage", "fp32") in itertools.pairwise(rest):
             raise RecipeError("--stage fp32: writes no bundle, and a sweep compares those; leave it out")
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,7 +34,11 @@ class ProductRows(IntegerRows):
         self.place, self.kernel = place, kernel
 
     def forward(self, a: Tensor, b: Tensor, *others: Tensor) -> Tensor:  # type: ignore[override]
-        """int8 or uint8 ``[..., m, k]`` and int8 ``[..., k, width]`` or ``[k, width]``, and the other operands in their order."""
+        """int8 or uint8 ``[..., m, k]`` and int8 ``[..., k, width]`` or ``[k, width]``, and the other operands in their order.
+
+        Raises:
+            ValueError: other types, or another ``k`` on the right: the kernel would read past them.
+        """
         batch = a.shape[:-2] if b.ndim == 2 else torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
         shape = torch.Size((*batch, a.shape[-2], b.shape[-1]))
         broadcast = torch.broadcast_shapes(shape, *(x.shape for x in others))  # type: ignore[no-untyped-call]

@@ -136,6 +136,6 @@ def test_the_page_and_the_readme_say_what_the_lines_say() -> None:
 
 
 def test_a_trial_is_no_line_of_the_study(capsys: pytest.CaptureFixture[str]) -> None:
-    for flags in (["--max_steps", "3"], ["--fold=0"]):
+    for name, *flags in (("max_steps", "--max_steps", "3"), ("fold", "--fold=0"), ("max_train_rows", "--max_train_samples", "9")):
         assert main(["--tasks", "rte", *flags]) == 2
-        assert f"{flags[0].partition('=')[0]}: a trial, and integer_training.csv holds whole runs" in capsys.readouterr().err
+        assert f"--{name}: a trial, and integer_training.csv holds whole runs" in capsys.readouterr().err
